@@ -1,0 +1,158 @@
+"""The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
+
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+import yaml
+
+app = typer.Typer(
+    name="cifar_lib",
+    help="CIFAR-10 training, measured: run the study, or one training, evaluation or prediction.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Annotated[str, typer.Option(help="A preset in params/study.yaml: quick or full.")]
+Only = Annotated[str, typer.Option(help="Glob over NOTEBOOK/EXPERIMENT, for instance '02*/*'.")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0..N-1 instead of the file's.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again what is up to date.")]
+
+
+@app.command()
+def study(
+    preset: Preset = "quick", only: Only = "*", seeds: Seeds = None, force: Force = False
+) -> None:
+    """Execute a preset's notebooks with papermill and put their reports into reports/PRESET."""
+    from cifar_lib import index, study
+
+    failed = study.study(preset, only, seeds, force)
+    if preset == "full":
+        for path in index.write_generated():
+            typer.echo(f"updated {_shown(path)}")
+    else:
+        typer.echo(f"index: {_shown(index.write_preset_index(preset))}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    params: Annotated[Path, typer.Argument(help="A parameter file, such as params/02_speed/….")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--parameter", help="NAME=VALUE over the file's; may be repeated."),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated.")] = None,
+    force: Force = False,
+) -> None:
+    """Train the configuration of a parameter file; a finished run is not repeated."""
+    from cifar_lib.config import TrainConfig, parse_config, read_yaml
+    from cifar_lib.study import runs
+
+    values = {k: v for k, v in read_yaml(params).items() if k not in _REPORT_ONLY}
+    for assignment in parameter or []:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
+        values[name] = yaml.safe_load(text)
+    config: TrainConfig = parse_config(values)
+    _log_to_console()
+    for run in runs(config, seeds or [0], experiment=params.stem, force=force):
+        _print_result(run.summary["result"], _shown(run.path))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
+) -> None:
+    """Evaluate a finished run's weights on the test set again, from its saved weights."""
+    from cifar_lib.results import load_run
+    from cifar_lib.train import evaluate_run
+
+    _print_result(evaluate_run(load_run(run)), _shown(run))
+
+
+@app.command()
+def data(
+    dataset: Annotated[str, typer.Option(help="auto, cifar10 or digits.")] = "auto",
+    data_dir: Annotated[str | None, typer.Option(help="Folder that holds CIFAR-10.")] = None,
+) -> None:
+    """Say which data a run would use, where it comes from, and its checksum."""
+    from cifar_lib.config import parse_config
+    from cifar_lib.data import load_splits
+
+    splits = load_splits(parse_config({"dataset": dataset, "data_dir": data_dir}))
+    for name, value in asdict(splits.info).items():
+        typer.echo(f"{name}: {value}")
+    typer.echo(f"classes: {', '.join(splits.train.class_names)}")
+
+
+@app.command()
+def report(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit status 1 when a file drifted.")
+    ] = False,
+) -> None:
+    """Write the generated texts (README table, reports/README.md, notebooks' answers)."""
+    from cifar_lib import index
+
+    paths = index.drifted_files() if check else index.write_generated()
+    for path in paths:
+        typer.echo(f"{'drifted' if check else 'updated'}: {_shown(path)}")
+    if check and paths:
+        raise typer.Exit(1)
+
+
+_REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on")
+
+
+def _print_result(result: dict[str, Any], where: str) -> None:
+    parts = [f"seed {result['seed']}"]
+    for key in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
+        if result.get(key) is not None:
+            parts.append(f"{key} {100 * result[key]:.2f} %")
+    parts.append(f"test_loss {result['test_loss']:.4f}")
+    typer.echo(f"{', '.join(parts)}  {where}")
+
+
+def _shown(path: Path) -> str:
+    from cifar_lib.config import ROOT
+
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _log_to_console() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+
+
+def main() -> None:
+    """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except click.UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last epoch", file=sys.stderr)
+        sys.exit(130)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The whole training state to disk and back, atomically and with a checksum."""
+
+import hashlib
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_lib.files import sync_folder, write_atomic
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
+DIGEST_BYTES = 32
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
+    """Saves a training state as `last.pt`, keeping the one before as `previous.pt`.
+
+    Args:
+        run_dir: the run's folder.
+        state: tensors, plain numbers and strings in dicts and lists; nothing else, so that it
+            loads without unpickling code.
+
+    Raises:
+        OSError: the disk is full or not writable; the states saved before stay as they were.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    pending = run_dir / "pending.pt"
+    write_atomic(pending, payload + hashlib.sha256(payload).digest())
+    if (run_dir / LAST).exists():
+        os.replace(run_dir / LAST, run_dir / PREVIOUS)
+    os.replace(pending, run_dir / LAST)
+    sync_folder(run_dir)
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """Loads the newest whole training state of a run.
+
+    Returns:
+        The state, on the CPU; None when there is none. A torn or altered file is named in a
+        warning and the one before it is used.
+    """
+    for name in (LAST, PREVIOUS):
+        path = run_dir / name
+        if not path.exists():
+            continue
+        content = path.read_bytes()
+        payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(payload).digest() == digest:
+            state: dict[str, Any] = torch.load(
+                io.BytesIO(payload), map_location="cpu", weights_only=True
+            )
+            return state
+        logger.warning("%s is torn or altered (checksum differs); using the state before it", path)
+    return None
+
+
+def remove_checkpoints(run_dir: Path) -> None:
+    """Removes the training state of a run, for instance to start it again."""
+    for name in (LAST, PREVIOUS, "pending.pt"):
+        (run_dir / name).unlink(missing_ok=True)

@@ -1,0 +1,240 @@
+"""The configuration of one training run: every field with its unit, range and default.
+
+A recipe is a :class:`TrainConfig`; nothing else decides what a run computes but its seed and
+its data. Fields are strict: an unknown name, a wrong type or a value out of range is refused
+before anything is loaded.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: `params/`, `notebooks/`, `reports/`, `runs/` and `data/` lie below it."""
+
+
+def _number(value: object) -> object:
+    """PyYAML reads `5e-4` (no dot) as a string; take such a string for the number it spells."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+# Fields that change where or how comfortably a run happens, never what it computes.
+NOT_FINGERPRINTED = frozenset({"data_dir", "device"})
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides what a training run computes, except its seed and its data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    # data
+    dataset: Literal["auto", "cifar10", "digits"] = Field(
+        "auto", description="data set; auto is cifar10 where it can be had, else digits"
+    )
+    data_dir: str | None = Field(
+        None, description="folder that holds CIFAR-10; null searches $CIFAR10_DIR"
+    )
+    n_train: int | None = Field(
+        None, ge=10, description="train on at most this many images, stratified; null is all"
+    )
+    val_fraction: Float = Field(
+        0.1, ge=0, le=0.5, description="share of train held out for validation, 0..0.5"
+    )
+    split_seed: int = Field(0, ge=0, description="seed of the validation split and the subset")
+
+    # model
+    model: str = Field("small_cnn", description="a name in cifar_lib.models.MODELS")
+    width: Float | None = Field(
+        None, gt=0, le=16, description="factor on the channel counts; null is the model's default"
+    )
+    depth: int | None = Field(None, ge=1, le=1202, description="layers; null is the default")
+    dropout: Float | None = Field(None, ge=0, lt=1, description="drop probability, 0..1")
+
+    # augmentation, in the order in which it is applied
+    flip: Literal["none", "random", "alternating"] = Field(
+        "random", description="horizontal flip: a coin per image, or every other epoch"
+    )
+    translate: int = Field(4, ge=0, le=16, description="largest shift, pixels, each direction")
+    padding: Literal["zeros", "reflect"] = Field("zeros", description="what a translation moves in")
+    rotate: Float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
+    affine: Float = Field(
+        0.0, ge=0, le=1, description="largest relative scale change and shear (radians), 0..1"
+    )
+    color_jitter: Float = Field(
+        0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter, 0..1"
+    )
+    randaugment_ops: int = Field(0, ge=0, le=14, description="RandAugment operations an image")
+    randaugment_magnitude: int = Field(7, ge=0, le=30, description="RandAugment magnitude bin")
+    cutout: int = Field(0, ge=0, le=32, description="side of the square cut out, pixels; 0 is off")
+    random_erasing: Float = Field(0.0, ge=0, le=1, description="probability of random erasing")
+    mixup: Float = Field(0.0, ge=0, le=10, description="alpha of MixUp's Beta; 0 is off")
+    cutmix: Float = Field(0.0, ge=0, le=10, description="alpha of CutMix's Beta; 0 is off")
+
+    # optimisation
+    epochs: int = Field(10, ge=1, le=10_000, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, le=65_536, description="images an optimiser step")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images a forward pass (gradients add up); null is batch_size"
+    )
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
+        "sgd", description="optimiser of torch.optim"
+    )
+    learning_rate: Float = Field(0.1, gt=0, le=100, description="peak learning rate")
+    momentum: Float = Field(0.9, ge=0, lt=1, description="momentum of sgd and rmsprop")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
+    weight_decay: Float = Field(0.0, ge=0, le=10, description="as the optimiser defines it")
+    decay_norm_and_bias: bool = Field(
+        True, description="whether weight decay also acts on norms and biases"
+    )
+    label_smoothing: Float = Field(0.0, ge=0, lt=1, description="label smoothing, 0..1")
+    schedule: Literal[
+        "constant",
+        "step",
+        "multistep",
+        "exponential",
+        "cosine",
+        "warmup_cosine",
+        "one_cycle",
+        "linear",
+    ] = Field("constant", description="learning-rate schedule, evaluated every step")
+    warmup_epochs: Float = Field(
+        0.0, ge=0, description="warm-up of warmup_cosine, one_cycle and linear, epochs"
+    )
+    step_epochs: int = Field(10, ge=1, description="epochs between the steps of schedule step")
+    milestones: list[int] = Field([], description="epochs at which schedule multistep falls")
+    gamma: Float = Field(
+        0.1, gt=0, le=1, description="factor of step, multistep and (an epoch) exponential"
+    )
+    final_factor: Float = Field(
+        0.0, ge=0, le=1, description="where cosine and linear end, as a share of learning_rate"
+    )
+    ema_decay: Float = Field(
+        0.0, ge=0, lt=1, description="decay a step of the averaged weights; 0 is off"
+    )
+    early_stopping: int = Field(
+        0, ge=0, description="stop after so many epochs without a better val_accuracy; 0 is off"
+    )
+
+    # evaluation
+    tta: Literal["none", "mirror", "mirror_translate"] = Field(
+        "none", description="test-time augmentation reported beside the plain accuracy"
+    )
+    eval_batch_size: int = Field(500, ge=1, description="images a forward pass in evaluation")
+
+    # execution
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast type; auto is bf16 where the processor has it, else fp32"
+    )
+    channels_last: bool = Field(True, description="memory format of images and weights")
+    compile: bool = Field(False, description="torch.compile the model")
+    deterministic: bool = Field(
+        False, description="deterministic algorithms only (a CPU run is deterministic anyway)"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "TrainConfig":
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} must divide batch_size {self.batch_size}"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} must be at most epochs {self.epochs}"
+            )
+        if self.milestones != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            raise ValueError(f"milestones {self.milestones} must be rising epochs from 1 on")
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov true needs momentum above 0, got momentum 0")
+        if self.early_stopping and self.val_fraction == 0:
+            raise ValueError(
+                f"early_stopping {self.early_stopping} needs val_fraction above 0, got 0"
+            )
+        return self
+
+    def fingerprint(self, data_sha256: str = "") -> str:
+        """Names this configuration, on this data, in twelve hexadecimal digits.
+
+        Only fields that differ from their defaults count, so a field added later with a
+        default that means "as before" leaves every published fingerprint as it is. In return
+        a default may never change; a test holds that.
+
+        Args:
+            data_sha256: `DataInfo.sha256` of the data, or empty for the configuration alone.
+
+        Returns:
+            12 hexadecimal digits, the same in every process and on every machine.
+        """
+        fields = self.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_FINGERPRINTED))
+        text = json.dumps({"config": fields, "data": data_sha256}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Builds a configuration, turning every refusal into one readable line.
+
+    Args:
+        values: field names and values, for instance read from YAML.
+
+    Raises:
+        ValueError: names each bad field, its value and what is allowed.
+    """
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {name!r} (value {error['input']!r}); fields are: " + ", ".join(
+            TrainConfig.model_fields
+        )
+    if not name:  # a rule between fields: its message names them
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win in silence; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file that holds one mapping, refusing duplicate keys.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, is not a mapping or repeats a key.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ValueError(f"{path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of names to values")
+    return values

@@ -1,0 +1,184 @@
+"""What the machine offers a run: device, precision, and the facts that go on record."""
+
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.files import hash_files
+
+# The rooms that decide what a run computes; plots, reports and the command line do not.
+TRAINING_ROOMS = (
+    "config.py",
+    "data*.py",
+    "augment*.py",
+    "fast.py",
+    "models/*.py",
+    "optim.py",
+    "execution.py",
+    "evaluate.py",
+    "results.py",
+    "checkpoint.py",
+    "train*.py",
+)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and in which number format a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast lowers to; None in fp32."""
+        return None if self.dtype == torch.float32 else self.dtype
+
+    def autocast(self) -> torch.autocast:
+        """The autocast context of this precision; does nothing in fp32."""
+        dtype = self.autocast_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def synchronize(self) -> None:
+        """Waits for the device; a clock read afterwards has seen all work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def choose_execution(config: TrainConfig) -> Execution:
+    """Chooses device and precision for a configuration on this machine.
+
+    Args:
+        config: device and precision, each a name or `auto`.
+
+    Returns:
+        auto takes CUDA, then Apple's MPS, then the CPU; and bf16 where the device computes in
+        it (a CPU with AMX or AVX512-bf16, a GPU of compute capability 8 or more), else fp32.
+
+    Raises:
+        ValueError: the device or the precision asked for is not to be had here.
+    """
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+    name = config.device
+    if name == "auto":
+        name = "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
+    if not present[name]:
+        raise ValueError(f"device: got {name!r}, which this machine does not have; use auto or cpu")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bf16(name) else "fp32"
+    if precision == "fp16" and name == "cpu":
+        raise ValueError("precision: got 'fp16' on a CPU; use auto, fp32 or bf16")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Execution(torch.device(name), dtypes[precision])
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+def _computes_in_bf16(device: str) -> bool:
+    if device == "cpu":
+        return bool({"amx_bf16", "avx512_bf16"} & _cpu_flags())
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return False
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_fact("flags").split())
+
+
+def _cpu_fact(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return ""
+
+
+def describe_hardware(execution: Execution) -> dict[str, Any]:
+    """The hardware record of a summary: device, its name, threads, precision, vector units."""
+    if execution.device.type == "cuda":
+        name = torch.cuda.get_device_name(execution.device)
+    else:
+        name = _cpu_fact("model name") or platform.processor() or platform.machine()
+    units = [
+        flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in _cpu_flags()
+    ]
+    return {
+        "device": execution.device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "precision": execution.precision,
+        "vector_unit": units[0] if units and execution.device.type == "cpu" else None,
+    }
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def training_code_sha256() -> str:
+    """SHA-256 over the rooms that decide what a run computes, 64 hexadecimal digits."""
+    package = ROOT / "cifar_lib"
+    return hash_files(path for pattern in TRAINING_ROOMS for path in package.glob(pattern))
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `-dirty` when tracked files differ; None outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(  # noqa: S603
+            ["git", "-C", str(ROOT), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class OtherLoad:
+    """How much of the machine other processes took: a time is a run's own only when near 0."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    def share(self) -> float:
+        """Busy time of other processes since the start, as a share of all cores, 0..1."""
+        busy, own, wall = (b - a for a, b in zip(self.began, self._now(), strict=True))
+        return max(0.0, busy - own) / max(1e-9, wall * (psutil.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        machine = psutil.cpu_times()
+        idle = machine.idle + getattr(machine, "iowait", 0.0)
+        return sum(machine[:8]) - idle, sum(psutil.Process().cpu_times()[:2]), time.perf_counter()

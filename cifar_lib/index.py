@@ -1,0 +1,201 @@
+"""The generated texts: the results table, the index of reports and the notebooks' answers.
+
+Everything here is made from committed summaries alone; `python -m cifar_lib report` writes it
+and a test fails when a file has drifted from it.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+
+from cifar_lib.config import ROOT
+from cifar_lib.execution import training_code_sha256
+from cifar_lib.files import write_atomic
+from cifar_lib.reports import read_summaries, row_of
+
+MISSING = "–"
+FULL = "reports/full"
+
+
+def percent(value: float | None) -> str:
+    """An accuracy 0..1 in percent with two decimals, or a dash."""
+    return MISSING if value is None or pd.isna(value) else f"{100 * value:.2f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that reads best."""
+    if seconds is None or pd.isna(seconds):
+        return MISSING
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def accuracy_text(row: dict[str, Any]) -> str:
+    """Mean test accuracy with its 95 % interval over seeds and their number."""
+    if row["low"] is None or pd.isna(row["low"]):
+        return f"{percent(row['test_accuracy'])} (n = {row['n']})"
+    return (
+        f"{percent(row['test_accuracy'])} "
+        f"[{100 * row['low']:.2f}, {100 * row['high']:.2f}] (n = {row['n']})"
+    )
+
+
+def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) -> str:
+    """The Markdown table of all measured experiments.
+
+    Args:
+        summaries: as `read_summaries` gives them.
+        code_sha256: of today's training code; runs of other code are marked †.
+        link: path from the page that holds the table to the reports folder.
+    """
+    lines = [
+        "| experiment | model | data | test accuracy | with TTA | val accuracy | reported "
+        "| hours a seed | machine |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes: set[str] = set()
+    for summary in summaries:
+        row = row_of(summary)
+        if not row["n"]:
+            continue
+        mark = ""
+        if row["code_sha256"] != code_sha256:
+            mark += " †"
+            notes.add("† run by an earlier state of the training code; not repeated.")
+        shared = ""
+        if row["other_load"] is not None and row["other_load"] > 0.05:
+            shared = " ‡"
+            notes.add("‡ the machine also ran other work: a bound, not a measured time.")
+        reported = MISSING
+        if row["reported_accuracy"] is not None:
+            reported = f"{percent(row['reported_accuracy'])}, {row['reported_by']}"
+            reported += f" ({row['reported_on']})"
+        name = f"{row['notebook']} / {row['experiment']}"
+        hours = f"{row['train_seconds'] / 3600:.2f}{shared}"
+        cells = [
+            f"[{name}]({link}{summary['path']}/executed.ipynb){mark}",
+            f"{row['model']}, {row['parameters'] / 1e6:.2f} M",
+            f"{row['data']}, {row['n_train']:,} images",
+            accuracy_text(row),
+            percent(row["test_accuracy_tta"]),
+            percent(row["val_accuracy"]),
+            reported,
+            hours,
+            row["machine"],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(lines) == 2:
+        return "Nothing measured yet."
+    lines += [
+        "",
+        "Test accuracy: mean over n seeds with the 95 % Student interval; the test set is read "
+        "once, after training, with the weights that validation chose. TTA: test-time "
+        "augmentation. Reported: what the source study states, on the data it states.",
+        *sorted(notes),
+    ]
+    return "\n".join(lines)
+
+
+def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
+    """The measured answer at the top of a notebook, a line an experiment."""
+    lines = []
+    for summary in summaries:
+        row = row_of(summary)
+        if summary["notebook"] != notebook:
+            continue
+        target = f"../reports/full/{summary['path']}/executed.ipynb"
+        if row["n"]:
+            lines.append(
+                f"- **{row['experiment']}**: test accuracy {accuracy_text(row)}, {row['data']}, "
+                f"{duration(row['train_seconds'])} a seed ([executed]({target}))"
+            )
+        else:
+            lines.append(f"- **{row['experiment']}**: [executed]({target})")
+    return "\n".join(lines) or "Not measured yet."
+
+
+def replace_block(text: str, name: str, content: str, where: str) -> str:
+    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`.
+
+    Raises:
+        ValueError: the markers are not there; names the file.
+    """
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{where}: the markers <!-- {name}:begin --> and :end are missing")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def generated_files() -> dict[Path, str]:
+    """Every file that holds generated text, with the text it should have now.
+
+    Returns:
+        Absolute path → whole content: the README in both languages, `reports/README.md` and
+        the notebooks in `notebooks/`.
+    """
+    summaries = read_summaries(FULL)
+    code = training_code_sha256()
+    files: dict[Path, str] = {}
+    for name in ("README.md", "README.ko.md"):
+        path = ROOT / name
+        table = results_table(summaries, code, f"{FULL}/")
+        files[path] = replace_block(path.read_text(encoding="utf-8"), "results", table, name)
+    files[ROOT / "reports/README.md"] = index_text(summaries, code, "Published reports", "full/")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        first = notebook.cells[0]
+        first.source = replace_block(
+            first.source, "answer", answer(summaries, path.stem), f"{path.name}, first cell"
+        )
+        files[path] = nbformat.writes(notebook) + "\n"
+    return files
+
+
+def index_text(summaries: list[dict[str, Any]], code_sha256: str, title: str, link: str) -> str:
+    """A page that links every report, with the results table first."""
+    lines = [
+        f"# {title}",
+        "",
+        "Generated from the summaries below this folder by `make report`; do not edit.",
+        "",
+        results_table(summaries, code_sha256, link),
+        "",
+        "## Every report",
+        "",
+    ]
+    for summary in summaries:
+        where, day = f"{link}{summary['path']}", summary["finished_at"][:10]
+        lines.append(
+            f"- [{summary['notebook']} / {summary['experiment']}]({where}/executed.ipynb): "
+            f"{summary['question']} ([summary]({where}/summary.json), {day})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_preset_index(preset: str) -> Path:
+    """Writes `reports/<preset>/README.md` for a preset that is not published."""
+    folder = ROOT / "reports" / preset
+    text = index_text(read_summaries(folder), training_code_sha256(), f"Preset {preset}", "")
+    write_atomic(folder / "README.md", text.encode())
+    return folder / "README.md"
+
+
+def drifted_files() -> list[Path]:
+    """Files whose generated text differs from what the summaries give now."""
+    return [
+        path
+        for path, text in generated_files().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def write_generated() -> list[Path]:
+    """Writes all generated text; returns the files that changed."""
+    texts, changed = generated_files(), drifted_files()
+    for path in changed:
+        write_atomic(path, texts[path].encode())
+    return changed

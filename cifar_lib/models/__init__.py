@@ -1,0 +1,97 @@
+"""The networks by name, each for images (N, 3, 32, 32) and with logits (N, K).
+
+A new one is a file here and a line in `MODELS`; the arguments of its constructor that are called
+`width`, `depth` or `dropout` can then be set in a configuration.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar_lib.config import TrainConfig
+from cifar_lib.models.cifar_resnet import CifarResNet
+from cifar_lib.models.resnet import ResNet18
+from cifar_lib.models.small_cnn import SmallCNN
+from cifar_lib.models.vgg import vgg11, vgg16, vgg19
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "resnet18": ResNet18,
+    "cifar_resnet": CifarResNet,
+    "vgg11": vgg11,
+    "vgg16": vgg16,
+    "vgg19": vgg19,
+}
+
+
+def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """Builds the network that a configuration names, with fresh random weights.
+
+    Args:
+        config: its fields `model`, `width`, `depth` and `dropout` count; of the last three those
+            that are null are left to the constructor's defaults.
+        num_classes: K.
+
+    Returns:
+        The network on the CPU, in fp32 and training mode.
+
+    Raises:
+        ValueError: there is no such model, or it does not take an option that is set.
+    """
+    if config.model not in MODELS:
+        raise ValueError(f"model: got {config.model!r}; allowed are {', '.join(MODELS)}")
+    constructor = MODELS[config.model]
+    taken = inspect.signature(constructor).parameters
+    options = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
+    for name, value in options.items():
+        if value is not None and name not in taken:
+            allowed = ", ".join(option for option in options if option in taken)
+            raise ValueError(f"{name}: got {value!r}; model {config.model} takes only {allowed}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return constructor(num_classes=num_classes, **given)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode and every module of it back into its own afterwards.
+
+    `model.train()` afterwards would also wake modules that a caller had frozen.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Counts the numbers that training adjusts (batch norm's running statistics are not)."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flops_per_image(model: nn.Module) -> int:
+    """Counts the floating-point operations of one forward pass of one image.
+
+    Convolutions and matrix products count, a multiply-add as two; elementwise work (batch norm,
+    ReLU, pooling) does not. A training step costs about three times as much an image.
+
+    Args:
+        model: takes (1, 3, 32, 32); not compiled.
+
+    Returns:
+        Operations of the forward pass, in evaluation mode.
+
+    Source: torch.utils.flop_counter.
+    """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, 3, 32, 32, device=parameter.device, dtype=parameter.dtype)
+    counter = FlopCounterMode(display=False)
+    with evaluation_mode(model), torch.no_grad(), counter:
+        model(image)
+    return counter.get_total_flops()

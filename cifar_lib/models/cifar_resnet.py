@@ -1,0 +1,121 @@
+"""Residual networks of any depth 6n + 2 made for CIFAR-10: ResNet-20, -32, -44, -56, -110.
+
+Paper: He et al., Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2.
+Origin: written from the paper. Blocks are post-activation, as there: convolution, batch norm,
+ReLU, convolution, batch norm, plus the shortcut, then ReLU.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_lib.models.parts import initialize, scaled
+
+Shortcut = Literal["A", "B"]
+
+
+class ZeroPadShortcut(nn.Module):
+    """Option A: every `stride`-th pixel, the new channels zero; it has no parameters.
+
+    Args:
+        new_channels: how many channels of zeros are appended.
+        stride: step between the pixels kept.
+
+    Source: He et al., arXiv 1512.03385, sections 3.3 (option A) and 4.2.
+    """
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C + new_channels, H / stride, W / stride)."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions with batch norm, and a shortcut around them.
+
+    Args:
+        c_in: channels of the input.
+        c_out: channels of the output, at least `c_in`.
+        stride: of the first convolution.
+        shortcut: "A" pads with zeros, "B" projects, both only where the shape changes.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = (
+                ZeroPadShortcut(c_out - c_in, stride)
+                if shortcut == "A"
+                else nn.Sequential(
+                    nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
+        shortcut = self.shortcut(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """A 3×3 convolution, three stages of n blocks, global average pool, one linear layer.
+
+    Args:
+        num_classes: K.
+        depth: weighted layers, 6n + 2 with n of at least 1.
+        width: factor on the channels 16, 32, 64.
+        shortcut: "A" (the paper's choice for CIFAR-10) or "B", see `Block`.
+
+    Raises:
+        ValueError: `depth` is not 6n + 2 or `shortcut` is neither "A" nor "B".
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        depth: int = 20,
+        width: float = 1.0,
+        shortcut: Shortcut = "A",
+    ) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(
+                f"depth: got {depth}; cifar_resnet allows 6n + 2: 8, 14, 20, 26, 32, 38, 44, …"
+            )
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut: got {shortcut!r}; allowed are 'A' and 'B'")
+        c1, c2, c3 = (scaled(c, width) for c in (16, 32, 64))
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, c1, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c1)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(c1, c1, 1, blocks, shortcut)
+        self.layer2 = _stage(c1, c2, 2, blocks, shortcut)
+        self.layer3 = _stage(c2, c3, 2, blocks, shortcut)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(c3, num_classes)
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images (N, 3, H, W), float, to logits (N, K)."""
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, 32, 32) at width 1
+        x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, 8, 8)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _stage(c_in: int, c_out: int, stride: int, blocks: int, shortcut: Shortcut) -> nn.Sequential:
+    first = Block(c_in, c_out, stride, shortcut)
+    return nn.Sequential(first, *(Block(c_out, c_out, 1, shortcut) for _ in range(blocks - 1)))

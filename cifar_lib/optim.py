@@ -1,0 +1,105 @@
+"""Optimisers and learning-rate schedules by name; a schedule is a plain function step → factor."""
+
+import bisect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from cifar_lib.config import TrainConfig
+
+ONE_CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's div_factor
+ONE_CYCLE_END = 1 / 25e4  # … and its final_div_factor on top
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Builds the optimiser that a configuration names.
+
+    Args:
+        model: its trainable parameters are optimised.
+        config: optimizer, learning_rate, momentum, nesterov, weight_decay and
+            decay_norm_and_bias are read.
+
+    Returns:
+        One optimiser; parameters of fewer than two dimensions (norms, biases) form a second
+        group without weight decay unless `decay_norm_and_bias`.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    if not config.decay_norm_and_bias:
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+    groups = [group for group in groups if group["params"]]
+    rate = config.learning_rate
+    # Fused: one pass over the parameters instead of one an operation.
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, rate, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, rate, fused=True)
+    return torch.optim.RMSprop(groups, rate, momentum=config.momentum)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets one learning rate for all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Builds the learning-rate schedule that a configuration names.
+
+    Args:
+        config: schedule and its parameters, in epochs.
+        steps_per_epoch: optimiser steps in an epoch, at least 1.
+
+    Returns:
+        A function from the step, 0 .. epochs * steps_per_epoch - 1, to a factor in 0..1 on
+        `learning_rate`. step, multistep and exponential fall between epochs, as
+        torch.optim.lr_scheduler's do when stepped once an epoch; the others move every step.
+
+    Source:
+        cosine: Loshchilov and Hutter 2017 (SGDR), equation 5, without restarts; warm-up:
+        Goyal et al. 2017, section 2.2; one_cycle: Smith and Topin 2018.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    floor = config.final_factor
+
+    def progress(step: int, start: int = 0) -> float:
+        return min(1.0, (step - start) / max(1, total - start))
+
+    def cosine(step: int, start: int = 0) -> float:
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress(step, start)))
+
+    def with_warmup(step: int, then: Callable[[int, int], float]) -> float:
+        return (step + 1) / warmup if step < warmup else then(step, warmup)
+
+    def one_cycle(step: int) -> float:
+        low, high, share = ONE_CYCLE_START, 1.0, step / max(1, warmup)
+        if step >= warmup:
+            low, high, share = 1.0, ONE_CYCLE_START * ONE_CYCLE_END, progress(step, warmup)
+        return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def linear(step: int, start: int) -> float:
+        return 1 - (1 - floor) * progress(step, start)
+
+    schedules: dict[str, Callable[[int], float]] = {
+        "constant": lambda step: 1.0,
+        "step": lambda step: config.gamma ** (step // steps_per_epoch // config.step_epochs),
+        "multistep": lambda step: (
+            config.gamma ** bisect.bisect_right(config.milestones, step // steps_per_epoch)
+        ),
+        "exponential": lambda step: config.gamma ** (step // steps_per_epoch),
+        "cosine": cosine,
+        "warmup_cosine": lambda step: with_warmup(step, cosine),
+        "one_cycle": one_cycle,
+        "linear": lambda step: with_warmup(step, linear),
+    }
+    return schedules[config.schedule]

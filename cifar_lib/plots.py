@@ -1,0 +1,212 @@
+"""Charts: a DataFrame or arrays in, a matplotlib Figure (a `Chart`) out.
+
+Nothing here trains, reads a file or touches pyplot's global state. Figures are about as wide as a
+notebook's column (8 inches at 100 dpi); colours are Okabe and Ito's, which colour-blind readers
+can tell apart; accuracies come in 0..1 and are shown in percent. `plots_compare` holds the charts
+that compare systems, `plots_images` the grids of pictures.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+
+from cifar_lib.evaluate import proportion_interval
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY = "#666666"
+WIDTH = 8.0  # inches
+
+
+PERCENT = PercentFormatter(1, decimals=0, symbol=" %")
+
+
+class Chart(Figure):
+    """A figure that a notebook shows as a picture although pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight")
+        return buffer.getvalue()
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Chart, list[Axes]]:
+    """Makes a figure of the notebook's width and its axes, row by row.
+
+    Args:
+        height: inches, without the caption.
+        rows: of axes.
+        columns: of axes.
+    """
+    figure = Chart(figsize=(WIDTH, height), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, list(axes.flat)
+
+
+def caption(figure: Chart, text: str) -> Chart:
+    """Puts a caption below a figure: data set, n, what the lines are, source.
+
+    Args:
+        figure: is changed and grows by the caption's lines.
+        text: wrapped to the figure's width; empty does nothing.
+
+    Returns:
+        The same figure.
+    """
+    lines = textwrap.wrap(text, width=int(figure.get_figwidth() * 14.5))
+    if lines:
+        figure.set_figheight(figure.get_figheight() + 0.17 * len(lines) + 0.05)
+        # As the label of the whole figure it has its place in the constrained layout.
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="#333333")
+    return figure
+
+
+def learning_curves(
+    metrics: pd.DataFrame,
+    *,
+    reported: pd.DataFrame | None = None,
+    reported_by: str = "reported",
+    caption_text: str = "",
+) -> Chart:
+    """Draws loss and accuracy by epoch, train against val: a thin line a seed, a thick mean.
+
+    The mean covers the epochs that every seed reached. What is missing throughout (val without a
+    validation set) is left out.
+
+    Args:
+        metrics: columns seed, epoch, train_loss, val_loss, train_accuracy, val_accuracy (0..1).
+        reported: the same columns but seed, from a source study, drawn dotted; may lack some.
+        reported_by: whose they are, for the legend.
+        caption_text: see `caption`.
+    """
+    figure, axes = new_figure(3.3, columns=2)
+    seeds = metrics["seed"].nunique()
+    of = f" (mean of {seeds} seeds)" if seeds > 1 else ""
+    for ax, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for part, color in (("train", BLUE), ("val", ORANGE)):
+            by_seed = metrics.pivot(index="epoch", columns="seed", values=f"{part}_{quantity}")
+            by_seed = by_seed.astype(float).dropna(axis="columns", how="all")
+            if by_seed.shape[1] > 1:
+                for seed in by_seed:
+                    values = by_seed[seed].dropna()
+                    ax.plot(values.index, values, color=color, linewidth=0.8, alpha=0.45)
+            mean = by_seed.mean(axis="columns", skipna=False).dropna()
+            if len(mean):
+                marker = "o" if len(mean) <= 12 else ""
+                line = ax.plot(mean.index, mean, color=color, linewidth=2, label=part + of)
+                line[0].set(marker=marker, markersize=4)
+            if reported is not None and f"{part}_{quantity}" in reported:
+                values = reported.set_index("epoch")[f"{part}_{quantity}"].dropna()
+                label = f"{part}, {reported_by}"
+                ax.plot(values.index, values, ":", color=color, linewidth=1.8, label=label)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes[0].set_ylabel("cross-entropy loss (nats)")
+    axes[1].set_ylabel("accuracy")
+    axes[1].yaxis.set_major_formatter(PERCENT)
+    axes[1].legend(fontsize=9, frameon=False, loc="best")
+    return caption(figure, caption_text)
+
+
+def per_class_bars(per_class: pd.DataFrame, *, caption_text: str = "") -> Chart:
+    """Draws the recall of each class (its accuracy) as a bar with Wilson's interval.
+
+    Precision is a diamond on the same scale: left of the bar's end, the class is a name that the
+    model gives too readily.
+
+    Args:
+        per_class: columns class_name, n, precision, recall, as `evaluate.per_class` returns.
+        caption_text: see `caption`.
+    """
+    figure, (ax,) = new_figure(0.34 * len(per_class) + 1.0)
+    rows = np.arange(len(per_class))
+    recall = per_class["recall"].to_numpy(float)
+    known = np.isfinite(recall)
+    intervals = [
+        proportion_interval(r, int(n))
+        for r, n in zip(recall[known], per_class["n"][known], strict=True)
+    ]
+    low = np.array([interval.low for interval in intervals], dtype=float)
+    high = np.array([interval.high for interval in intervals], dtype=float)
+    errors = np.abs(np.stack([recall[known] - low, high - recall[known]]))
+    ax.barh(rows, recall, height=0.7, color="#8EC1E0", label="recall, 95 % interval")
+    ax.errorbar(recall[known], rows[known], xerr=errors, fmt="none", ecolor=BLUE, capsize=3)
+    diamonds = ax.plot(per_class["precision"], rows, "D", color=ORANGE, label="precision")
+    diamonds[0].set(markersize=5, clip_on=False)  # 100 % lies on the edge
+    for row, value, n in zip(rows, recall, per_class["n"], strict=True):
+        text = f"{100 * value:.1f} %" if np.isfinite(value) else f"undefined (n = {n})"
+        ax.text(0.01, float(row), text, va="center", fontsize=9)
+    ax.set_yticks(rows, per_class["class_name"])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.grid(visible=False, axis="y")
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("share of images")
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.legend(fontsize=9, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return caption(figure, caption_text)
+
+
+def confusion_heatmap(
+    matrix: npt.ArrayLike, class_names: Sequence[str], *, caption_text: str = ""
+) -> Chart:
+    """Draws a confusion matrix: counts as numbers, shares of each true class as shades.
+
+    Args:
+        matrix: counts (K, K), rows the true class, as `evaluate.confusion` returns.
+        class_names: K names.
+        caption_text: see `caption`.
+    """
+    counts = np.asarray(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, (ax,) = new_figure(6.2)
+    # The square root spreads the small shares, where the mistakes are.
+    image = ax.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+    for i, j in np.ndindex(*counts.shape):
+        color = "white" if shares[i, j] > 0.4 else "black" if counts[i, j] else "#aaaaaa"
+        ax.text(j, i, f"{counts[i, j]}", ha="center", va="center", color=color, fontsize=9)
+    ticks = range(len(class_names))
+    ax.set_xticks(ticks, class_names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(ticks, class_names)
+    ax.set(xlabel="predicted class", ylabel="true class")
+    ax.grid(visible=False)
+    bar = figure.colorbar(image, ax=ax, format=PERCENT, shrink=0.8)
+    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.set_label("share of the true class")
+    return caption(figure, caption_text)
+
+
+def class_histogram(
+    labels: Mapping[str, npt.ArrayLike], class_names: Sequence[str], *, caption_text: str = ""
+) -> Chart:
+    """Draws how many images each class has in each split.
+
+    Args:
+        labels: split name → int labels (N,), 0..K-1.
+        class_names: K names.
+        caption_text: see `caption`.
+    """
+    figure, (ax,) = new_figure(3.2)
+    width = 0.8 / len(labels)
+    colors = (BLUE, ORANGE, GREEN, PURPLE)
+    for i, (split, values) in enumerate(labels.items()):
+        counts = np.bincount(np.asarray(values), minlength=len(class_names))
+        x = np.arange(len(class_names)) + (i - (len(labels) - 1) / 2) * width
+        label = f"{split} ({counts.sum():,})"
+        ax.bar(x, counts, width=width, color=colors[i % len(colors)], label=label)
+    ax.set_xticks(range(len(class_names)), class_names, rotation=25, ha="right")
+    ax.set_ylabel("images")
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    ax.grid(visible=False, axis="x")
+    ax.legend(fontsize=9, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    return caption(figure, caption_text)

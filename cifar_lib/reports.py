@@ -1,0 +1,192 @@
+"""Reports: what a notebook leaves behind, and how it is read back."""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.data import DataInfo
+from cifar_lib.evaluate import mean_interval
+from cifar_lib.execution import describe_environment, git_commit
+from cifar_lib.files import write_atomic, write_json
+from cifar_lib.results import Run, metrics_frame
+
+SCHEMA = 1
+
+
+class Report:
+    """The report of one executed notebook; draws nothing, only keeps what it is given.
+
+    With an empty folder name nothing is written: that is a notebook explored by hand.
+    """
+
+    def __init__(self, folder: str, notebook: str, experiment: str, preset: str, question: str):
+        """Opens a report.
+
+        Args:
+            folder: where to, from the root of the checkout; empty writes nothing.
+            notebook: the notebook's name without suffix.
+            experiment: the name of its parameter file without suffix.
+            preset: `quick`, `full`, or another name for a reader's own.
+            question: what the experiment asks, one sentence.
+        """
+        self.folder = ROOT / folder if folder else None
+        self.head = {
+            "schema": SCHEMA,
+            "experiment": experiment,
+            "notebook": notebook,
+            "preset": preset,
+            "question": question,
+        }
+
+    def figure(self, name: str, figure: Figure) -> Figure:
+        """Saves a figure as `figures/<name>.png` and hands it back for display."""
+        if self.folder:
+            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+        return figure
+
+    def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        """Saves a table as `<name>.csv` and hands it back for display."""
+        if self.folder:
+            write_atomic(self.folder / f"{name}.csv", frame.to_csv(index=False).encode())
+        return frame
+
+    def finish(
+        self,
+        config: TrainConfig | None,
+        runs: list[Run],
+        dataset: DataInfo | None = None,
+        reported: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Writes `metrics.csv` and, last, `summary.json`.
+
+        Args:
+            config: the configuration of the runs; None for a notebook that trains nothing.
+            runs: the finished runs, one a seed; may be empty.
+            dataset: the data's record where there are no runs.
+            reported: `accuracy` (0..1), `by` and `on` of the source study, if it has one.
+
+        Returns:
+            The summary as written.
+        """
+        first = runs[0].summary if runs else {}
+        codes = {run.summary["code_sha256"] for run in runs}
+        summary = self.head | {
+            "config": config.model_dump(mode="json") if config else None,
+            "config_fingerprint": first.get("config_fingerprint"),
+            "dataset": first.get("dataset") or (asdict(dataset) if dataset else None),
+            "model": first.get("model"),
+            "runs": [run.summary["result"] for run in runs],
+            "test_accuracy": _interval([r.summary["result"]["test_accuracy"] for r in runs]),
+            "test_accuracy_tta": _interval(
+                [r.summary["result"]["test_accuracy_tta"] for r in runs]
+            ),
+            "val_accuracy": _interval([r.summary["result"]["val_accuracy"] for r in runs]),
+            "reported": reported,
+            "hardware": first.get("hardware"),
+            "environment": first.get("environment") or describe_environment(),
+            "git_commit": first.get("git_commit") or git_commit(),
+            "code_sha256": codes.pop() if len(codes) == 1 else ("mixed" if codes else None),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if self.folder:
+            if runs:
+                self.table("metrics", metrics_frame(runs))
+            write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def _interval(values: list[float | None]) -> dict[str, Any] | None:
+    numbers = [value for value in values if value is not None]
+    return asdict(mean_interval(numbers)) if numbers else None
+
+
+def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
+    """Reads every `summary.json` below a folder, in path order.
+
+    Returns:
+        The summaries, each with `path`, its folder relative to `reports_dir`.
+
+    Raises:
+        ValueError: a summary is not JSON or lacks a key; names the file.
+    """
+    root, summaries = ROOT / reports_dir, []
+    for path in sorted(root.glob("**/summary.json")):
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            row_of(summary)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
+        summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
+    return summaries
+
+
+def row_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """One row of the comparison: accuracies in 0..1, times in seconds a seed (mean)."""
+    runs, reported = summary["runs"], summary["reported"] or {}
+    dataset = summary["dataset"] or {}
+    test = summary["test_accuracy"] or {}
+    tta, val = summary["test_accuracy_tta"] or {}, summary["val_accuracy"] or {}
+    return {
+        "notebook": summary["notebook"],
+        "experiment": summary["experiment"],
+        "preset": summary["preset"],
+        "model": (summary["model"] or {}).get("name"),
+        "parameters": (summary["model"] or {}).get("parameters"),
+        "data": describe_dataset(dataset) if dataset else None,
+        "n_train": dataset.get("n_train"),
+        "n": test.get("n", 0),
+        "val_accuracy": val.get("mean"),
+        "test_accuracy": test.get("mean"),
+        "low": test.get("low"),
+        "high": test.get("high"),
+        "test_accuracy_tta": tta.get("mean"),
+        "train_seconds": _mean([run["train_seconds"] for run in runs]),
+        "other_load": max((run.get("other_load", 0.0) for run in runs), default=None),
+        "reported_accuracy": reported.get("accuracy"),
+        "reported_by": reported.get("by"),
+        "reported_on": reported.get("on"),
+        "machine": _machine(summary["hardware"]),
+        "code_sha256": summary["code_sha256"],
+    }
+
+
+def comparison_frame(summaries: list[dict[str, Any]]) -> pd.DataFrame:
+    """All experiments that trained something, a row each, the columns of `row_of`."""
+    return pd.DataFrame([row_of(summary) for summary in summaries if summary["runs"]])
+
+
+def describe_dataset(dataset: dict[str, Any]) -> str:
+    """The data set in words, for tables."""
+    names = {"cifar10": "CIFAR-10", "digits": "digits (a stand-in)"}
+    name = names.get(dataset["name"], dataset["name"])
+    return f"{name}, JPEG copy" if dataset["lossy"] else name
+
+
+def caption_of(info: DataInfo) -> str:
+    """What stands below every figure: data set, source, counts; a stand-in is called one."""
+    text = (
+        f"Data: {describe_dataset(asdict(info))} ({info.source}); {info.n_train:,} train, "
+        f"{info.n_val:,} validation, {info.n_test:,} test images."
+    )
+    if info.name == "digits":
+        text += " A stand-in's numbers say nothing about CIFAR-10."
+    return text
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _machine(hardware: dict[str, Any] | None) -> str | None:
+    if not hardware:
+        return None
+    unit = f", {hardware['vector_unit']}" if hardware.get("vector_unit") else ""
+    threads = f" × {hardware['threads']}" if hardware["device"] == "cpu" else ""
+    return f"{hardware['name']}{threads}{unit}, {hardware['precision']}"

@@ -1,0 +1,149 @@
+"""One finished run, saved and loaded; many runs as one tidy DataFrame."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from cifar_lib.config import TrainConfig, parse_config, read_yaml
+from cifar_lib.files import write_atomic, write_json
+
+METRIC_COLUMNS = [
+    "seed",
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+]
+CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY = (
+    "config.yaml",
+    "metrics.csv",
+    "best.safetensors",
+    "logits.safetensors",
+    "summary.json",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what it was, its history and what it reached.
+
+    `metrics` has METRIC_COLUMNS, a row an epoch, accuracies in 0..1, seconds an epoch with its
+    validation. `summary` holds `seed`, `result` (one row of a report's `runs`), `dataset`,
+    `model`, `hardware`, `environment`, `class_names` and where the code came from.
+    """
+
+    path: Path
+    config: TrainConfig
+    seed: int
+    metrics: pd.DataFrame
+    summary: dict[str, Any]
+
+    @property
+    def test_logits(self) -> Tensor:
+        """Logits of the test images without test-time augmentation, float32 (N, K)."""
+        return load_file(self.path / LOGITS)["test"]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict of the epoch that validation chose."""
+        return load_weights(self.path)
+
+
+def load_weights(run_dir: Path) -> dict[str, Tensor]:
+    """Loads the state dict saved in a run's folder, on the CPU."""
+    return load_file(run_dir / WEIGHTS)
+
+
+def run_folder(root: Path, experiment: str, seed: int, fingerprint: str) -> Path:
+    """The folder of one run: `<root>/<experiment>/<seed>-<fingerprint>`."""
+    return root / experiment / f"{seed}-{fingerprint}"
+
+
+def save_weights(run_dir: Path, state: dict[str, Tensor]) -> None:
+    """Saves a state dict as safetensors, atomically."""
+    write_atomic(run_dir / WEIGHTS, save({k: v.detach().contiguous() for k, v in state.items()}))
+
+
+def save_logits(run_dir: Path, logits: dict[str, Tensor]) -> None:
+    """Saves logits by name (`test`, `test_tta`), float32 (N, K)."""
+    write_atomic(run_dir / LOGITS, save({k: v.float().contiguous() for k, v in logits.items()}))
+
+
+def save_config(run_dir: Path, config: TrainConfig) -> None:
+    """Writes the configuration of a run as YAML, every field."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomic(run_dir / CONFIG, text.encode())
+
+
+def save_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Writes the history of a run as CSV; returns it as a DataFrame."""
+    frame = pd.DataFrame(rows, columns=METRIC_COLUMNS)
+    write_atomic(run_dir / METRICS, frame.to_csv(index=False).encode())
+    return frame
+
+
+def save_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Writes the summary of a run; its presence marks the run as finished, so it comes last."""
+    write_json(run_dir / SUMMARY, summary)
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a run ended and left everything that `load_run` needs."""
+    return all((run_dir / name).is_file() for name in (CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY))
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Loads a finished run.
+
+    Raises:
+        ValueError: the folder is not that of a finished run, or a file in it is broken.
+    """
+    run_dir = Path(run_dir)
+    missing = [n for n in (CONFIG, METRICS, WEIGHTS, SUMMARY) if not (run_dir / n).is_file()]
+    if missing:
+        raise ValueError(
+            f"{run_dir}: not a finished run, {', '.join(missing)} missing; "
+            "name a folder like runs/EXPERIMENT/SEED-FINGERPRINT"
+        )
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text())
+        metrics = pd.read_csv(run_dir / METRICS)
+        config = parse_config(read_yaml(run_dir / CONFIG))
+        return Run(run_dir, config, int(summary["seed"]), metrics, summary)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run_dir}: broken run record: {error}") from None
+
+
+def metrics_frame(runs: list[Run]) -> pd.DataFrame:
+    """The histories of many runs in one tidy DataFrame, METRIC_COLUMNS."""
+    return pd.concat([run.metrics for run in runs], ignore_index=True)[METRIC_COLUMNS]
+
+
+def results_frame(runs: list[Run]) -> pd.DataFrame:
+    """What many runs reached: a row a run, the columns of a report's `runs`."""
+    return pd.DataFrame([run.summary["result"] for run in runs])
+
+
+def load_state(model: torch.nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
+    """Loads weights into a model.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[1:2] or [str(error)]
+        raise ValueError(
+            f"{origin}: these weights do not fit the model: {first[0].strip()}"
+        ) from None

@@ -1,0 +1,148 @@
+"""One experiment executed with papermill, its report moved into place whole."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import nbformat
+import papermill
+from traitlets.config import Config
+
+from cifar_lib.config import ROOT
+from cifar_lib.data import load_dataset
+from cifar_lib.files import hash_files
+from cifar_lib.study_experiments import Experiment
+from cifar_lib.study_runs import RUNS
+
+
+def input_key(experiment: Experiment) -> str:
+    """Hash of everything a report depends on; an equal key means up to date.
+
+    Parameters, seeds and data always count, and for a notebook that only reads reports
+    (`reports_dir`) those reports do. Under `quick` the library and the notebook count too.
+    """
+    config = experiment.config
+    parts: list[Any] = [experiment.parameters, experiment.seeds]
+    if "reports_dir" in experiment.parameters:
+        root = ROOT / experiment.parameters["reports_dir"]
+        parts += [
+            hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(root.glob("**/summary.json"))
+            if experiment.destination not in path.parents
+        ]
+    else:
+        train_set, _ = load_dataset(config.dataset, config.data_dir)
+        parts.append(train_set.info.sha256)
+    if experiment.preset == "quick":
+        parts.append(hash_files((ROOT / "cifar_lib").glob("**/*.py")))
+        parts.append(hash_files([experiment.source]))
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_up_to_date(experiment: Experiment, key: str) -> bool:
+    """Whether the report in place was made from just these inputs."""
+    try:
+        summary = json.loads((experiment.destination / "summary.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(summary.get("input_key") == key)
+
+
+def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> None:
+    """Executes one experiment's notebook and moves its report into place, whole.
+
+    Args:
+        experiment: what to execute.
+        key: its `input_key`, kept in the summary.
+        console: gets the lines that a notebook prints an epoch; all output goes to the log.
+
+    Raises:
+        PapermillExecutionError: a cell failed; the notebook as far as it came stays in
+            `scratch_folder(experiment)`.
+    """
+    scratch = scratch_folder(experiment)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with open(log_path(experiment), "w", encoding="utf-8") as log:
+        papermill.execute_notebook(
+            str(experiment.source.relative_to(ROOT)),
+            str((scratch / "executed.ipynb").relative_to(ROOT)),
+            experiment.parameters
+            | {
+                "experiment": experiment.name,
+                "preset": experiment.preset,
+                "report_dir": scratch.relative_to(ROOT).as_posix(),
+                "seeds": experiment.seeds,
+            },
+            kernel_name="python3",
+            progress_bar=False,
+            stdout_file=_Tee(log, console),
+            stderr_file=log,
+            cwd=str(ROOT),
+            # On loopback; without this a kernel warns about it at every start.
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        )
+    _complete(scratch, key)
+    _move_into_place(scratch, experiment.destination)
+
+
+def scratch_folder(experiment: Experiment) -> Path:
+    """Where a notebook is executed before its report is moved into place."""
+    return ROOT / RUNS / ".scratch" / experiment.preset / experiment.notebook / experiment.name
+
+
+def log_path(experiment: Experiment) -> Path:
+    """The log of an experiment's last execution."""
+    folder = ROOT / RUNS / "logs" / experiment.preset
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{experiment.notebook}-{experiment.name}.log"
+
+
+class _Tee:
+    """Everything to the log; of it, the lines an epoch prints to the console too."""
+
+    def __init__(self, log: TextIO, console: TextIO) -> None:
+        self.log, self.console = log, console
+
+    def write(self, text: str) -> None:
+        self.log.write(text)
+        self.log.flush()
+        for line in text.splitlines():
+            if line.startswith("seed "):
+                print(f"      {line}", file=self.console, flush=True)
+
+    def flush(self) -> None:
+        self.log.flush()
+
+
+def _complete(scratch: Path, key: str) -> None:
+    """Adds the key to the summary; takes times and run-specific metadata out of the notebook."""
+    path = scratch / "summary.json"
+    if not path.is_file():
+        raise RuntimeError(f"{scratch.relative_to(ROOT)}: the notebook wrote no summary.json")
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"input_key": key}, indent=2, ensure_ascii=False)
+        + "\n"
+    )
+    executed = scratch / "executed.ipynb"
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, executed)
+
+
+def _move_into_place(scratch: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    old = destination.with_name(f".{destination.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        os.replace(destination, old)
+    os.replace(scratch, destination)
+    shutil.rmtree(old, ignore_errors=True)

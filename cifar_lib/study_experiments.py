@@ -1,0 +1,137 @@
+"""Experiments: read from params/ and checked, all of them, before anything runs."""
+
+import fnmatch
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import papermill
+
+from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+
+# What the runner itself tells a notebook, beside the parameters of the file.
+RUNNER_PARAMETERS = ("experiment", "preset", "report_dir", "seeds")
+# What a parameter file must say, where the notebook has it: without it no experiment is named.
+REQUIRED = ("question", "dataset", "model", "epochs", "batch_size", "optimizer", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One execution of one notebook: what `params/study.yaml` and a parameter file say."""
+
+    preset: str
+    notebook: str
+    name: str
+    parameters: dict[str, Any]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    minutes_per_seed: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """`notebook/experiment`, what `--only` matches."""
+        return f"{self.notebook}/{self.name}"
+
+    @property
+    def source(self) -> Path:
+        """The notebook that is executed."""
+        return ROOT / "notebooks" / f"{self.notebook}.ipynb"
+
+    @property
+    def destination(self) -> Path:
+        """The report's folder."""
+        return ROOT / "reports" / self.preset / self.notebook / self.name
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration among the parameters."""
+        return config_of(self.parameters)
+
+    @property
+    def minutes(self) -> float:
+        """Expected time on two cores, minutes."""
+        return self.minutes_per_seed * len(self.seeds)
+
+
+def config_of(parameters: dict[str, Any]) -> TrainConfig:
+    """The fields of TrainConfig among a notebook's parameters, as a configuration."""
+    fields = {k: v for k, v in parameters.items() if k in TrainConfig.model_fields}
+    return parse_config(fields)
+
+
+def notebook_parameters(notebook: Path) -> dict[str, Any]:
+    """The names and defaults in a notebook's `parameters` cell, as papermill reads them."""
+    found: dict[str, Any] = papermill.inspect_notebook(str(notebook))
+    return found
+
+
+def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> list[Experiment]:
+    """Reads and checks every experiment of a preset before anything runs.
+
+    Args:
+        preset: a name in `params/study.yaml`.
+        only: a glob over `notebook/experiment`.
+        n_seeds: seeds 0 .. n_seeds - 1 instead of those in the file.
+
+    Raises:
+        ValueError: an unknown preset, a missing file, an unknown, missing or duplicate
+            parameter, or a value that TrainConfig refuses; names the file and the parameter.
+    """
+    presets = read_yaml(ROOT / "params/study.yaml")["presets"]
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; params/study.yaml has: {', '.join(presets)}")
+    experiments = [_read_experiment(preset, entry) for entry in presets[preset]]
+    labels = [experiment.label for experiment in experiments]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"params/study.yaml: preset {preset!r} names an experiment twice")
+    chosen = [e for e in experiments if fnmatch.fnmatch(e.label, only)]
+    if not chosen:
+        raise ValueError(f"--only {only!r} matches none of: {', '.join(labels)}")
+    if n_seeds is not None:
+        seeds = list(range(n_seeds))
+        chosen = [replace(e, seeds=seeds) for e in chosen]
+    return chosen
+
+
+def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
+    known = {"notebook", "params", "seeds", "minutes_per_seed"}
+    if not isinstance(entry, dict) or not {"notebook", "params"} <= entry.keys() <= known:
+        raise ValueError(
+            f"params/study.yaml, preset {preset!r}: got {entry!r}; an experiment has "
+            f"notebook, params and optionally seeds, minutes_per_seed"
+        )
+    path = ROOT / "params" / entry["params"]
+    parameters = read_yaml(path)
+    experiment = Experiment(
+        preset,
+        entry["notebook"],
+        path.stem,
+        parameters,
+        entry.get("seeds", [0]),
+        entry.get("minutes_per_seed", 1.0),
+    )
+    if not experiment.source.is_file():
+        raise ValueError(f"params/study.yaml: no notebook {experiment.source.relative_to(ROOT)}")
+    check_parameters(parameters, experiment.source, path.relative_to(ROOT))
+    return experiment
+
+
+def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Path) -> None:
+    """Refuses parameters that a notebook does not have, and lacks that make no experiment.
+
+    Raises:
+        ValueError: names the file, the parameter and what the notebook accepts.
+    """
+    accepted = set(notebook_parameters(notebook)) - set(RUNNER_PARAMETERS)
+    unknown = sorted(set(parameters) - accepted)
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown parameter {', '.join(map(repr, unknown))}; "
+            f"{notebook.name} accepts: {', '.join(sorted(accepted))}"
+        )
+    missing = [name for name in REQUIRED if name in accepted and name not in parameters]
+    if missing:
+        raise ValueError(f"{where}: missing parameter {', '.join(map(repr, missing))}")
+    try:
+        config_of(parameters)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

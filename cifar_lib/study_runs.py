@@ -1,0 +1,61 @@
+"""The finished runs of a configuration, trained where they are missing."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cifar_lib import results
+from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.data import Splits, load_splits
+from cifar_lib.execution import training_code_sha256
+from cifar_lib.train import train
+
+RUNS = "runs"
+
+
+def runs(
+    config: TrainConfig,
+    seeds: Sequence[int],
+    *,
+    experiment: str,
+    preset: str = "full",
+    splits: Splits | None = None,
+    progress: bool | None = None,
+    force: bool = False,
+) -> list[results.Run]:
+    """Returns the finished runs of a configuration, training those that are missing.
+
+    Args:
+        config: the recipe.
+        seeds: one run each.
+        experiment: the folder's name below `runs/`.
+        preset: under `quick` a run of other training code is repeated; under any other preset
+            a finished run stays, and its summary tells what code it is of.
+        splits: the data, if it is loaded already.
+        progress: whether to show a bar; None shows it in a terminal and in JupyterLab.
+        force: train even where a finished run exists.
+
+    Returns:
+        The runs in the order of `seeds`.
+    """
+    splits = splits or load_splits(config)
+    finished = []
+    for seed in seeds:
+        folder = results.run_folder(
+            ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
+        )
+        run = results.load_run(folder) if results.is_finished(folder) else None
+        if run and run.summary["code_sha256"] != training_code_sha256() and preset == "quick":
+            run = None
+        if run is None or force:
+            (folder / results.SUMMARY).unlink(missing_ok=True)
+            run = train(config, seed, splits, folder, progress=_wants_bar(progress))
+        finished.append(run)
+    return finished
+
+
+def _wants_bar(progress: bool | None) -> bool:
+    # A kernel that JupyterLab starts knows its notebook's name; papermill's and nbval's do not.
+    return (
+        (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ) if progress is None else progress
+    )

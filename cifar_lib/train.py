@@ -1,0 +1,290 @@
+"""Training: one visible loop from a configuration, a seed and data to a finished run.
+
+All randomness of an epoch (order, augmentation, dropout) is seeded from (seed, epoch), so a
+resumed run continues bit-identically on a CPU from the last finished epoch and no generator
+state has to be stored.
+"""
+
+import copy
+import logging
+import math
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cifar_lib import checkpoint, results
+from cifar_lib.augment import augment_batch
+from cifar_lib.config import TrainConfig
+from cifar_lib.data import ImageSet, Splits, load_splits
+from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
+from cifar_lib.execution import (
+    Execution,
+    OtherLoad,
+    choose_execution,
+    describe_environment,
+    describe_hardware,
+    git_commit,
+    training_code_sha256,
+)
+from cifar_lib.models import count_parameters, flops_per_image
+from cifar_lib.optim import build_schedule, set_learning_rate
+from cifar_lib.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, Any]
+
+
+def train(
+    config: TrainConfig, seed: int, splits: Splits, run_dir: Path, *, progress: bool = False
+) -> results.Run:
+    """Trains one model, or goes on with it, then reads the test set once.
+
+    Args:
+        config: the recipe.
+        seed: of the weights, the data order and the augmentation.
+        splits: train, val (may be empty) and test; test is read after the last epoch alone.
+        run_dir: the run's folder; a training state found there is continued.
+        progress: whether to show a bar over the steps of an epoch.
+
+    Returns:
+        The finished run, also saved in `run_dir`.
+
+    Raises:
+        ValueError: the configuration cannot run here (device, precision, model options).
+        FloatingPointError: a loss was not finite; names epoch and step. The last good
+            training state stays in `run_dir`.
+    """
+    execution = choose_execution(config)
+    state = TrainState.start(config, seed, splits, execution)
+    state.resume(run_dir)
+    results.save_config(run_dir, config)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    compile_seconds = _compile(state, execution) if config.compile else 0.0
+    load = OtherLoad()
+    began = time.perf_counter()
+
+    while state.epoch < config.epochs and not state.stopped_early:
+        metrics = _train_epoch(state, seed, execution, progress)
+        metrics |= _validate(state, splits.val, execution)
+        metrics["seconds"] = time.perf_counter() - began
+        began = time.perf_counter()
+        state.record(metrics, run_dir)
+        checkpoint.save_checkpoint(run_dir, state.to_dict())
+        logger.info(_epoch_line(metrics, config.epochs))
+
+    summary = _finish(state, splits, execution, run_dir)
+    summary["result"]["compile_seconds"] = round(compile_seconds, 2)
+    summary["result"]["other_load"] = round(load.share(), 3)
+    results.save_summary(run_dir, summary)
+    return results.load_run(run_dir)
+
+
+def _train_epoch(state: TrainState, seed: int, execution: Execution, progress: bool) -> Metrics:
+    """One pass over the training images; waits for the device only at its end."""
+    config, epoch, device = state.config, state.epoch, execution.device
+    steps = state.steps_per_epoch
+    factor_at = build_schedule(config, steps)
+    generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
+    torch.manual_seed(_epoch_seed(seed, epoch))  # dropout draws from the global generator
+    order = torch.randperm(len(state.data), generator=generator, device=device)
+    losses = torch.zeros(steps, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    size = min(config.batch_size, len(state.data))
+    micro = config.micro_batch_size or size
+    state.model.train()
+
+    for step in tqdm(
+        range(steps), f"epoch {epoch + 1}", leave=False, unit="step", disable=not progress
+    ):
+        set_learning_rate(state.optimizer, config.learning_rate * factor_at(epoch * steps + step))
+        index = order[step * size : (step + 1) * size]
+        images, targets = augment_batch(
+            state.data.images[index],
+            state.data.labels[index],
+            index,
+            config=config,
+            epoch=epoch,
+            num_classes=len(state.data.class_names),
+            mean=state.mean,
+            std=state.std,
+            generator=generator,
+            dtype=execution.dtype,
+        )
+        state.optimizer.zero_grad(set_to_none=True)
+        for x, y in zip(images.split(micro), targets.split(micro), strict=True):
+            with execution.autocast():
+                logits = state.forward(x)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+            loss = loss * (len(x) / size)
+            state.scaler.scale(loss).backward()
+            losses[step] += loss.detach()
+            hard = y if y.ndim == 1 else y.argmax(1)
+            correct += (logits.detach().argmax(1) == hard).sum()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+
+    by_step = losses.cpu()
+    if not bool(torch.isfinite(by_step).all()):
+        step = int((~torch.isfinite(by_step)).nonzero()[0])
+        raise FloatingPointError(
+            f"the training loss is not finite at epoch {epoch + 1}, step {step + 1} of {steps}; "
+            f"lower learning_rate (now {config.learning_rate:g}) or use precision fp32"
+        )
+    return {
+        "seed": seed,
+        "epoch": epoch + 1,
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "train_loss": float(by_step.mean()),
+        "train_accuracy": int(correct) / (steps * size),
+    }
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
+def _validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
+    if len(val) == 0:
+        return {"val_loss": None, "val_accuracy": None}
+    logits = _logits(state, val, execution)
+    return {
+        "val_loss": cross_entropy(logits, val.labels),
+        "val_accuracy": accuracy(logits, val.labels),
+    }
+
+
+def _logits(state: TrainState, images: ImageSet, execution: Execution, tta: bool = False) -> Tensor:
+    return predict_logits(
+        state.evaluated_model,
+        images.images,
+        mean=state.mean,
+        std=state.std,
+        batch_size=state.config.eval_batch_size,
+        dtype=execution.autocast_dtype,
+        channels_last=state.config.channels_last,
+        tta=state.config.tta if tta else "none",
+    )
+
+
+def _finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Path) -> Metrics:
+    """Reads the test set, once, with the weights that validation chose."""
+    config, test = state.config, splits.test
+    weights = results.load_weights(run_dir)
+    state.evaluated_model.load_state_dict(weights)
+    began = time.perf_counter()
+    logits = {"test": _logits(state, test, execution)}
+    if config.tta != "none":
+        logits["test_tta"] = _logits(state, test, execution, tta=True)
+    evaluation_seconds = time.perf_counter() - began
+    results.save_logits(run_dir, logits)
+    train_seconds = math.fsum(row["seconds"] for row in state.history)
+    seen = state.steps_per_epoch * min(config.batch_size, len(state.data)) * state.epoch
+    return {
+        "seed": state.seed,
+        "result": {
+            "seed": state.seed,
+            "val_accuracy": state.best["val_accuracy"],
+            "test_accuracy": accuracy(logits["test"], test.labels),
+            "val_accuracy_last": state.history[-1]["val_accuracy"],
+            "test_accuracy_tta": (
+                accuracy(logits["test_tta"], test.labels) if "test_tta" in logits else None
+            ),
+            "test_loss": cross_entropy(logits["test"], test.labels),
+            "test_top5": top_k_accuracy(logits["test"], test.labels, 5),
+            "best_epoch": state.best["epoch"],
+            "epochs": state.epoch,
+            "train_seconds": round(train_seconds, 2),
+            "evaluation_seconds": round(evaluation_seconds, 2),
+            "images_per_second": round(seen / train_seconds, 1),
+        },
+        "config_fingerprint": config.fingerprint(splits.info.sha256),
+        "dataset": asdict(splits.info),
+        "class_names": list(test.class_names),
+        "model": {
+            "name": config.model,
+            "parameters": count_parameters(state.model),
+            "flops_per_image": flops_per_image(state.model),
+        },
+        "normalization": {"mean": state.mean.tolist(), "std": state.std.tolist()},
+        "hardware": describe_hardware(execution),
+        "environment": describe_environment(),
+        "git_commit": git_commit(),
+        "code_sha256": training_code_sha256(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
+    """Evaluates a finished run's saved weights on the test set again.
+
+    Args:
+        run: as `results.load_run` gives it.
+        splits: the data, if it is loaded already; must be the data of the run.
+
+    Returns:
+        seed, test_accuracy, test_accuracy_tta (None without `tta`), test_loss.
+
+    Raises:
+        ValueError: the data found is not that of the run, or the weights do not fit.
+    """
+    splits = splits or load_splits(run.config)
+    if splits.info.sha256 != run.summary["dataset"]["sha256"]:
+        raise ValueError(
+            f"{run.path}: was trained on other data ({run.summary['dataset']['name']}, SHA-256 "
+            f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
+        )
+    execution = choose_execution(run.config)
+    state = TrainState.start(run.config, run.seed, splits, execution)
+    results.load_state(state.evaluated_model, run.weights, run.path / results.WEIGHTS)
+    labels = splits.test.labels
+    logits = _logits(state, splits.test, execution)
+    result = {
+        "seed": run.seed,
+        "test_accuracy": accuracy(logits, labels),
+        "test_accuracy_tta": None,
+        "test_loss": cross_entropy(logits, labels),
+    }
+    if run.config.tta != "none":
+        result["test_accuracy_tta"] = accuracy(
+            _logits(state, splits.test, execution, tta=True), labels
+        )
+    return result
+
+
+def _compile(state: TrainState, execution: Execution) -> float:
+    """Compiles the model and runs it once, untimed by the loop; leaves the weights as they were."""
+    began = time.perf_counter()
+    state.forward = torch.compile(state.model)  # type: ignore[assignment]
+    before = copy.deepcopy(state.model.state_dict())
+    size = state.config.micro_batch_size or min(state.config.batch_size, len(state.data))
+    layout = torch.channels_last if state.config.channels_last else torch.contiguous_format
+    x = torch.zeros(size, *state.data.images.shape[1:], dtype=execution.dtype)
+    with execution.autocast():
+        state.forward(x.to(execution.device, memory_format=layout)).float().sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.model.load_state_dict(before)
+    execution.synchronize()
+    return time.perf_counter() - began
+
+
+def _epoch_line(metrics: Metrics, epochs: int) -> str:
+    val = "no validation"
+    if metrics["val_accuracy"] is not None:
+        val = f"val loss {metrics['val_loss']:.4f}, accuracy {100 * metrics['val_accuracy']:.2f} %"
+    return (
+        f"seed {metrics['seed']} epoch {metrics['epoch']}/{epochs}: "
+        f"train loss {metrics['train_loss']:.4f}, accuracy {100 * metrics['train_accuracy']:.2f} %"
+        f"; {val}; {metrics['seconds']:.1f} s"
+    )

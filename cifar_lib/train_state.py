@@ -1,0 +1,132 @@
+"""The state of a training: what changes while a run goes on, saved and taken up again."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cifar_lib import checkpoint, results
+from cifar_lib.config import TrainConfig
+from cifar_lib.data import ImageSet, Splits
+from cifar_lib.execution import Execution, training_code_sha256
+from cifar_lib.models import build_model
+from cifar_lib.optim import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on, and what it changes on."""
+
+    config: TrainConfig
+    seed: int
+    data: ImageSet
+    mean: Tensor
+    std: Tensor
+    model: nn.Module
+    forward: nn.Module  # the model, or its compiled form
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    scaler: torch.amp.GradScaler
+    key: str
+    epoch: int
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+
+    @classmethod
+    def start(
+        cls, config: TrainConfig, seed: int, splits: Splits, execution: Execution
+    ) -> "TrainState":
+        """Makes the state before the first epoch; the seed decides the initial weights."""
+        torch.manual_seed(seed)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = build_model(config, len(splits.train.class_names))
+        model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
+        average = None
+        if config.ema_decay:
+            average = AveragedModel(
+                model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            )
+        mean, std = splits.train.statistics
+        scaler = torch.amp.GradScaler(
+            execution.device.type, enabled=execution.dtype == torch.float16
+        )
+        return cls(
+            config,
+            seed,
+            splits.train.to(execution.device),
+            mean.to(execution.device),
+            std.to(execution.device),
+            model,
+            model,
+            build_optimizer(model, config),
+            average,
+            scaler,
+            f"{seed}-{config.fingerprint(splits.info.sha256)}-{training_code_sha256()}",
+            epoch=0,
+            history=[],
+            best={"epoch": 0, "val_accuracy": None, "val_loss": None},
+        )
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged model where there is one, else the model itself."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch, at least 1."""
+        # The incomplete last batch is left out: shapes stay fixed, and each epoch leaves out
+        # other images, since each has its own order.
+        return max(1, len(self.data) // self.config.batch_size)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether val_accuracy has not improved for as long as `early_stopping` allows."""
+        patience = self.config.early_stopping
+        return patience > 0 and self.epoch - self.best["epoch"] >= patience
+
+    def record(self, metrics: dict[str, Any], run_dir: Path) -> None:
+        """Adds an epoch to the history; keeps the weights where validation improved."""
+        self.epoch = metrics["epoch"]
+        self.history.append(metrics)
+        value, best = metrics["val_accuracy"], self.best["val_accuracy"]
+        if value is None or best is None or value > best:
+            self.best = {k: metrics[k] for k in ("epoch", "val_accuracy", "val_loss")}
+            results.save_weights(run_dir, self.evaluated_model.state_dict())
+        results.save_metrics(run_dir, self.history)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `resume` needs, in tensors and plain values."""
+        return {
+            "key": self.key,
+            "epoch": self.epoch,
+            "history": self.history,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def resume(self, run_dir: Path) -> None:
+        """Takes up the state saved in a run's folder, if it is this run's."""
+        saved = checkpoint.load_checkpoint(run_dir)
+        if saved is None:
+            return
+        if saved["key"] != self.key:
+            logger.info("the training state found is of other code or data: starting again")
+            checkpoint.remove_checkpoints(run_dir)
+            return
+        self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.scaler.load_state_dict(saved["scaler"])
+        logger.info("resuming after epoch %d of %d", self.epoch, self.config.epochs)

@@ -1,0 +1,75 @@
+"""A training state is whole or the one before it is used."""
+
+import logging
+
+import pytest
+import torch
+
+from cifar_lib.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+
+
+def state(epoch: int) -> dict:
+    return {"epoch": epoch, "history": [{"loss": 0.1}], "model": {"w": torch.arange(1000.0)}}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    save_checkpoint(tmp_path, state(1))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded["epoch"] == 1 and loaded["history"] == [{"loss": 0.1}]
+    assert torch.equal(loaded["model"]["w"], torch.arange(1000.0))
+
+
+def test_the_state_before_is_kept(tmp_path):
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path, state(epoch))
+    assert load_checkpoint(tmp_path)["epoch"] == 3
+    (tmp_path / "last.pt").unlink()
+    assert load_checkpoint(tmp_path)["epoch"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"previous.pt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, caplog, damage):
+    save_checkpoint(tmp_path, state(1))
+    save_checkpoint(tmp_path, state(2))
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(
+        {"cut": content[:-100], "flip": content, "empty": b""}[damage]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert load_checkpoint(tmp_path)["epoch"] == 1
+    assert "last.pt" in caplog.text and "checksum" in caplog.text
+
+
+def test_nothing_to_load_is_none(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, state(1))
+    remove_checkpoints(tmp_path)
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_a_state_with_code_in_it_is_not_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "evil"), "w"))
+
+    save_checkpoint(tmp_path, {"model": Evil()})
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_write_that_fails_leaves_the_last_state(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1))
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cifar_lib.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, state(2))
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt"}

@@ -1,0 +1,174 @@
+"""A recipe is refused before anything is loaded, in a line that names field, value and range."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cifar_lib.config import TrainConfig, parse_config, read_yaml
+
+# A published fingerprint hangs on the defaults: changing one would silently change what every
+# summary that leaves it out says. Add fields freely; a changed default needs a new field name.
+DEFAULTS = {
+    "dataset": "auto",
+    "data_dir": None,
+    "n_train": None,
+    "val_fraction": 0.1,
+    "split_seed": 0,
+    "model": "small_cnn",
+    "width": None,
+    "depth": None,
+    "dropout": None,
+    "flip": "random",
+    "translate": 4,
+    "padding": "zeros",
+    "rotate": 0.0,
+    "affine": 0.0,
+    "color_jitter": 0.0,
+    "randaugment_ops": 0,
+    "randaugment_magnitude": 7,
+    "cutout": 0,
+    "random_erasing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "epochs": 10,
+    "batch_size": 128,
+    "micro_batch_size": None,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 0.0,
+    "decay_norm_and_bias": True,
+    "label_smoothing": 0.0,
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "step_epochs": 10,
+    "milestones": [],
+    "gamma": 0.1,
+    "final_factor": 0.0,
+    "ema_decay": 0.0,
+    "early_stopping": 0,
+    "tta": "none",
+    "eval_batch_size": 500,
+    "device": "auto",
+    "precision": "auto",
+    "channels_last": True,
+    "compile": False,
+    "deterministic": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"lr": 0.1}, ["'lr'", "learning_rate"]),
+        ({"epochs": 0}, ["epochs", "0", "greater than or equal to 1"]),
+        ({"epochs": "3"}, ["epochs", "'3'", "integer"]),
+        ({"epochs": True}, ["epochs", "True"]),
+        ({"learning_rate": "fast"}, ["learning_rate", "'fast'", "number"]),
+        ({"learning_rate": "nan"}, ["learning_rate", "'nan'"]),
+        ({"learning_rate": float("inf")}, ["learning_rate", "inf", "100"]),
+        ({"flip": "both"}, ["flip", "'both'", "alternating"]),
+        ({"val_fraction": 0.6}, ["val_fraction", "0.6", "0.5"]),
+        ({"batch_size": 100, "micro_batch_size": 33}, ["micro_batch_size 33", "batch_size 100"]),
+        ({"warmup_epochs": 11.0}, ["warmup_epochs 11", "epochs 10"]),
+        ({"milestones": [5, 3]}, ["milestones", "[5, 3]"]),
+        ({"early_stopping": 3, "val_fraction": 0}, ["early_stopping 3", "val_fraction"]),
+        ({"momentum": 0.0}, ["nesterov", "momentum 0"]),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values, named):
+    with pytest.raises(ValueError) as caught:
+        parse_config(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+def test_yaml_floats_without_a_dot_are_numbers():
+    assert parse_config({"weight_decay": "5e-4"}).weight_decay == 5e-4
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        TrainConfig().epochs = 3
+
+
+def test_every_field_says_what_it_is():
+    assert [name for name, f in TrainConfig.model_fields.items() if not f.description] == []
+
+
+def test_defaults_stay_as_published():
+    config = TrainConfig().model_dump()
+    assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = "from cifar_lib.config import *; print(TrainConfig(epochs=7).fingerprint('abc'))"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert other == TrainConfig(epochs=7).fingerprint("abc") == "b8268963f12e"
+
+
+def test_fingerprint_tells_recipes_and_data_apart_but_not_places():
+    base = TrainConfig().fingerprint()
+    assert TrainConfig(epochs=11).fingerprint() != base
+    assert TrainConfig().fingerprint("data") != base
+    assert TrainConfig(data_dir="/elsewhere", device="cpu").fingerprint() == base
+
+
+@given(
+    epochs=st.integers(1, 100),
+    learning_rate=st.floats(1e-6, 100),
+    flip=st.sampled_from(["none", "random", "alternating"]),
+    width=st.none() | st.floats(0.1, 16),
+)
+def test_round_trip_through_json(epochs, learning_rate, flip, width):
+    config = parse_config(
+        {"epochs": epochs, "learning_rate": learning_rate, "flip": flip, "width": width}
+    )
+    again = parse_config(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+    assert again.fingerprint() == config.fingerprint()
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12), st.none() | st.booleans() | st.integers() | st.text(), min_size=1
+    )
+)
+def test_no_mapping_ends_in_anything_but_a_configuration_or_one_line(values):
+    try:
+        parse_config(values)
+    except ValueError as error:
+        assert any(repr(name) in str(error) or name in str(error) for name in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: duplicate key 'a'"),
+        ("- 1\n- 2\n", "expected a mapping"),
+        ("a: [1\n", "expected"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("", "expected a mapping"),
+    ],
+)
+def test_bad_yaml_is_one_line_with_the_file(tmp_path, text, said):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_yaml(path)
+    assert str(path) in str(caught.value) and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml: No such file"):
+        read_yaml(tmp_path / "none.yaml")

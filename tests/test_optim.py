@@ -1,0 +1,131 @@
+"""Optimisers do what their names say; schedules keep their bounds and end points."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from cifar_lib.config import TrainConfig
+from cifar_lib.optim import build_optimizer, build_schedule
+
+SCHEDULES = [
+    "constant",
+    "step",
+    "multistep",
+    "exponential",
+    "cosine",
+    "warmup_cosine",
+    "one_cycle",
+    "linear",
+]
+
+
+@given(
+    name=st.sampled_from(SCHEDULES),
+    epochs=st.integers(1, 30),
+    steps=st.integers(1, 40),
+    warmup=st.floats(0, 1),
+    floor=st.floats(0, 1),
+)
+def test_every_factor_lies_in_0_to_1(name, epochs, steps, warmup, floor):
+    config = TrainConfig(
+        schedule=name,
+        epochs=epochs,
+        warmup_epochs=warmup * epochs,
+        final_factor=floor,
+        milestones=[1, 2],
+        step_epochs=3,
+    )
+    factor = build_schedule(config, steps)
+    values = [factor(step) for step in range(epochs * steps)]
+    assert all(0 <= value <= 1 for value in values)
+    if name == "constant":
+        assert set(values) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["cosine", "warmup_cosine", "linear", "one_cycle"])
+def test_smooth_schedules_have_no_jump_and_end_low(name):
+    config = TrainConfig(schedule=name, epochs=10, warmup_epochs=2.0)
+    factor = build_schedule(config, 100)
+    values = [factor(step) for step in range(1000)]
+    assert max(abs(b - a) for a, b in zip(values, values[1:], strict=False)) < 0.01
+    assert values[-1] < 0.005
+    assert max(values) == pytest.approx(1.0)
+
+
+def test_warmup_rises_to_one_at_its_end():
+    factor = build_schedule(TrainConfig(schedule="warmup_cosine", epochs=10, warmup_epochs=2.0), 50)
+    assert factor(0) == pytest.approx(0.01)
+    assert factor(99) == 1.0
+    assert factor(100) == 1.0
+    assert factor(101) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (
+            TrainConfig(schedule="step", step_epochs=3, gamma=0.5),
+            lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
+        ),
+        (
+            TrainConfig(schedule="multistep", milestones=[2, 5], gamma=0.1),
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5], 0.1),
+        ),
+        (
+            TrainConfig(schedule="exponential", gamma=0.9),
+            lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        ),
+        (
+            TrainConfig(schedule="cosine", final_factor=0.1),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10, 0.1),
+        ),
+    ],
+)
+def test_schedules_equal_torchs_when_stepped_once_an_epoch(config, reference):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = reference(optimizer)
+    factor = build_schedule(config, 1)
+    for epoch in range(config.epochs):
+        assert factor(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_final_factor_is_where_cosine_and_linear_end():
+    for name in ("cosine", "linear"):
+        factor = build_schedule(TrainConfig(schedule=name, final_factor=0.2, epochs=100), 100)
+        assert factor(9999) == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+def test_an_optimizer_lowers_a_loss(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = build_optimizer(model, TrainConfig(optimizer=name, learning_rate=0.01))
+    x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_weight_decay_keeps_off_norms_and_biases_if_asked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    config = TrainConfig(weight_decay=0.1, decay_norm_and_bias=False)
+    decayed, spared = build_optimizer(model, config).param_groups
+    assert [p.ndim for p in decayed["params"]] == [4] and decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in spared["params"]] == [1, 1, 1] and spared["weight_decay"] == 0
+    assert len(build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups) == 1
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    groups = build_optimizer(model, TrainConfig()).param_groups
+    assert [len(group["params"]) for group in groups] == [1]

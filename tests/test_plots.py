@@ -1,0 +1,286 @@
+"""Charts draw the values they are given, name what they show and leave nothing behind."""
+
+from itertools import combinations, product
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+
+from cifar_lib import plots, plots_compare, plots_images
+
+NAMES = ("cat", "dog", "frog")
+
+
+def metrics(seeds: int = 2, epochs: int = 4) -> pd.DataFrame:
+    """Values that tell seed, epoch and column apart."""
+    rows = [
+        {"seed": s, "epoch": e, "train_loss": 1 / e + s, "val_loss": 2 / e + s}
+        | {"train_accuracy": e / 10 + s / 100, "val_accuracy": e / 20 + s / 100}
+        for s in range(seeds)
+        for e in range(1, epochs + 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def comparison() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "experiment": ["slow", "fast", "new", "pending"],
+            "test_accuracy": [0.93, 0.94, 0.91, None],
+            "low": [0.925, None, 0.905, None],
+            "high": [0.935, None, 0.915, None],
+            "train_seconds": [4000.0, 300.0, 310.0, None],
+            "parameters": [11_173_962, 1_972_792, 964_170, 5],
+            "flops_per_image": [1e9, 1e8, 1e7, 1.0],
+            "reported_accuracy": [0.92, 0.9401, None, 0.9],
+            "reported_by": ["study D", "airbench94", None, "study E"],
+        }
+    )
+
+
+def images(n: int, height: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, 3, height, 32), generator=generator, dtype=torch.uint8)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [t.get_text() for t in figure.findobj(Text) if t.get_text()]
+
+
+def every_chart() -> dict[str, Figure]:
+    table = pd.DataFrame(
+        {"class_name": NAMES, "n": [50, 50, 0], "precision": [1, 0.5, np.nan]}
+        | {"recall": [0.8, 1.0, np.nan]}
+    )
+    p = np.eye(3)[[0, 1, 2, 0]]
+    note = "CIFAR-10, four images " * 9
+    return {
+        "learning_curves": plots.learning_curves(metrics(), caption_text=note),
+        "per_class_bars": plots.per_class_bars(table, caption_text=note),
+        "confusion_heatmap": plots.confusion_heatmap(
+            np.eye(3, dtype=int), NAMES, caption_text=note
+        ),
+        "class_histogram": plots.class_histogram({"train": [0, 1]}, NAMES, caption_text=note),
+        "accuracy_vs_cost": plots_compare.accuracy_vs_cost(comparison(), caption_text=note),
+        "reported_vs_measured": plots_compare.reported_vs_measured(comparison(), caption_text=note),
+        "example_grid": plots_images.example_grid(images(3), [0, 1, 2], NAMES, caption_text=note),
+        "mistakes_grid": plots_images.mistakes_grid(
+            images(4), [0, 1, 1, 2], p, NAMES, caption_text=note
+        ),
+    }
+
+
+def test_every_chart_is_wide_legible_captioned_and_within_its_canvas() -> None:
+    style = dict(mpl.rcParams)
+    for name, figure in every_chart().items():
+        assert figure.get_figwidth() == plots.WIDTH and figure.dpi == 100, name
+        shown = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
+        assert min(t.get_fontsize() for t in shown) >= 9, name
+        assert any(t.startswith("CIFAR-10, four images") for t in texts(figure)), name
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure.get_tightbbox(canvas.get_renderer())
+        assert box.x0 >= -0.01 and box.x1 <= figure.get_figwidth() + 0.01, name
+        assert box.y0 >= -0.01 and box.y1 <= figure.get_figheight() + 0.01, name
+        assert figure._repr_png_().startswith(b"\x89PNG"), name  # what a notebook shows
+    assert plt.get_fignums() == []
+    assert dict(mpl.rcParams) == style
+
+
+def test_caption_is_wrapped_and_the_figure_grows_by_it() -> None:
+    figure, _ = plots.new_figure(3.0)
+    assert plots.caption(figure, "") is figure and figure.get_figheight() == 3
+    plots.caption(figure, "n = 3. " * 40)
+    assert figure.get_figheight() > 3.3
+    assert all(len(line) < 120 for line in figure.get_supxlabel().split("\n"))
+
+
+def test_learning_curves_draw_each_seed_and_the_mean() -> None:
+    frame = metrics(seeds=2)
+    loss, accuracy = plots.learning_curves(frame).axes
+    assert len(loss.lines) == len(accuracy.lines) == 6  # train and val: two seeds and the mean
+    named = {line.get_label(): line for line in accuracy.lines}
+    np.testing.assert_array_equal(named["val (mean of 2 seeds)"].get_xdata(), [1, 2, 3, 4])
+    expected = frame.groupby("epoch")["val_accuracy"].mean()
+    np.testing.assert_allclose(named["val (mean of 2 seeds)"].get_ydata(), expected)
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), frame[frame.seed == 1]["train_loss"])
+    assert (loss.get_xlabel(), loss.get_ylabel()) == ("epoch", "cross-entropy loss (nats)")
+
+
+def test_the_mean_ends_where_the_first_seed_stopped() -> None:
+    frame = metrics(seeds=2).query("seed == 0 or epoch < 3")
+    _, accuracy = plots.learning_curves(frame).axes
+    named = {line.get_label(): line for line in accuracy.lines}
+    assert list(named["train (mean of 2 seeds)"].get_xdata()) == [1, 2]
+    assert len(accuracy.lines[0].get_xdata()) == 4  # the longer seed is drawn whole
+
+
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_one_seed_without_validation_is_one_line(missing: float | None) -> None:
+    frame = metrics(seeds=1).assign(val_loss=missing, val_accuracy=missing)
+    for ax in plots.learning_curves(frame).axes:
+        assert [line.get_label() for line in ax.lines] == ["train"]
+
+
+def test_reported_curves_are_dotted_beside_ours() -> None:
+    reported = pd.DataFrame({"epoch": [1, 2], "val_accuracy": [0.5, 0.6]})
+    figure = plots.learning_curves(metrics(seeds=1), reported=reported, reported_by="study A")
+    loss, accuracy = figure.axes
+    assert len(loss.lines) == 2
+    (dotted,) = [line for line in accuracy.lines if line.get_linestyle() == ":"]
+    assert dotted.get_label() == "val, study A"
+    assert list(dotted.get_ydata()) == [0.5, 0.6]
+
+
+def test_per_class_bars_are_recalls_with_wilsons_interval() -> None:
+    table = pd.DataFrame(
+        {"class_name": NAMES, "n": [100, 50, 0], "precision": [0.9, 0.5, np.nan]}
+        | {"recall": [0.8, 1.0, np.nan]}
+    )
+    (ax,) = plots.per_class_bars(table).axes
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths[:2] == [0.8, 1.0] and np.isnan(widths[2])
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(NAMES)
+    assert {"80.0 %", "100.0 %", "undefined (n = 0)"} <= {t.get_text() for t in ax.texts}
+    (segments,) = [c.get_segments() for c in ax.collections]
+    assert len(segments) == 2
+    # Wilson, by hand: 80 of 100 gives 0.7112 to 0.8666.
+    np.testing.assert_allclose(segments[0][:, 0], [0.7112, 0.8666], atol=1e-4)
+
+
+def test_confusion_heatmap_writes_counts_and_shades_shares() -> None:
+    matrix = np.array([[8, 2, 0], [1, 0, 3], [0, 0, 0]])
+    ax = plots.confusion_heatmap(matrix, NAMES).axes[0]
+    assert [t.get_text() for t in ax.texts] == [str(n) for n in matrix.ravel()]
+    shares = [[0.8, 0.2, 0], [0.25, 0, 0.75], [0, 0, 0]]
+    np.testing.assert_allclose(ax.images[0].get_array(), shares)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(NAMES)
+
+
+def test_class_histogram_counts_each_split() -> None:
+    labels = {"train": torch.tensor([0, 0, 1]), "test": np.array([1])}
+    (ax,) = plots.class_histogram(labels, NAMES).axes
+    assert [bar.get_height() for bar in ax.patches] == [2, 1, 0, 0, 1, 0]
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == ["train (3)", "test (1)"]
+
+
+@pytest.mark.parametrize("cost", plots_compare.COSTS)
+def test_accuracy_vs_cost_places_and_names_the_points(cost: str) -> None:
+    figure = plots_compare.accuracy_vs_cost(comparison(), cost)
+    (ax,) = figure.axes
+    known = comparison().dropna(subset="test_accuracy")
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), known[cost])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), known["test_accuracy"].astype(float))
+    assert [t.get_text() for t in ax.texts] == ["slow", "fast", "new"]
+    assert ax.get_xscale() == "log" and "log scale" in ax.get_xlabel()
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+
+
+def test_labels_cover_neither_each_other_nor_another_point() -> None:
+    frame = pd.DataFrame(
+        {
+            "experiment": [f"experiment_{i}" for i in range(8)],
+            "test_accuracy": 0.93 + 0.001 * np.arange(8) % 0.003,
+            "low": np.nan,
+            "high": np.nan,
+            "parameters": 1e6 * (1 + 0.02 * np.arange(8)),
+        }
+    )
+    frame.loc[8] = ["far", 0.8, None, None, 2e7]
+    figure = plots_compare.accuracy_vs_cost(frame, "parameters")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (ax,) = figure.axes
+    boxes = []
+    for label in ax.texts:
+        assert isinstance(label, Annotation)
+        boxes.append(Text.get_window_extent(label, canvas.get_renderer()))
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    dots = ax.transData.transform(frame[["parameters", "test_accuracy"]].astype(float).to_numpy())
+    for (i, box), (j, dot) in product(enumerate(boxes), enumerate(dots)):
+        near = 5 if i == j else 10  # pixels; nearer, it would seem to name the other point
+        assert not box.padded(near).contains(*dot)
+    inside = ax.get_window_extent(canvas.get_renderer())
+    assert all(inside.containsx(b.x0) and inside.containsx(b.x1) for b in boxes)
+
+
+def test_a_chart_of_nothing_measured_is_empty_not_an_error() -> None:
+    (ax,) = plots_compare.accuracy_vs_cost(comparison().tail(1)).axes
+    assert len(ax.texts) == 0
+
+
+def test_unknown_cost_is_refused() -> None:
+    with pytest.raises(ValueError, match="cost: got 'price'; allowed are train_seconds, "):
+        plots_compare.accuracy_vs_cost(comparison(), "price")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.5, "0.5 s"), (30, "30 s"), (60, "1 min"), (1800, "30 min")]
+)
+def test_duration_ticks(seconds: float, text: str) -> None:
+    assert plots_compare.duration_tick(seconds) == text
+    assert plots_compare.duration_tick(3600 * 10) == "10 h"
+
+
+def test_reported_vs_measured_pairs_the_dots() -> None:
+    (ax,) = plots_compare.reported_vs_measured(comparison()).axes
+    lines = {line.get_label(): line for line in ax.lines}
+    reported = np.asarray(lines["reported by the source"].get_xdata())
+    np.testing.assert_array_equal(reported, [0.92, 0.9401, np.nan, 0.9])
+    measured = np.asarray(ax.lines[0].get_xdata(), dtype=float)
+    np.testing.assert_array_equal(measured, [0.93, 0.94, 0.91, np.nan])
+    (interval,) = [s for s in ax.collections[1].get_segments() if not np.isnan(s).any()][:1]
+    np.testing.assert_allclose(interval[:, 0], [0.925, 0.935])
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["slow (study D)", "fast (airbench94)", "new", "pending (study E)"]
+
+
+def test_example_grid_puts_each_augmentation_below_its_original() -> None:
+    originals, draw = images(3), images(3).flip(-1).float() / 255
+    figure = plots_images.example_grid(originals, [2, 0, 1], NAMES, [draw], per_band=2)
+    grid = np.array([ax.images[0].get_array() if ax.images else None for ax in figure.axes], object)
+    pixels = originals.permute(0, 2, 3, 1).numpy()
+    mirrored = pixels[:, :, ::-1]
+    # Bands of two: originals 0 and 1, their draws, original 2 and a gap, its draw and a gap.
+    expected = [pixels[0], pixels[1], mirrored[0], mirrored[1], pixels[2], None, mirrored[2], None]
+    for drawn, wanted in zip(grid, expected, strict=True):
+        assert (drawn is None) == (wanted is None)
+        if wanted is not None:
+            np.testing.assert_array_equal(drawn, wanted)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["frog", "cat", "", "", "dog", "", "", ""]
+    assert [ax.get_ylabel() for ax in figure.axes][::2] == ["original", "draw 1"] * 2
+
+
+def test_mistakes_come_surest_first() -> None:
+    probabilities = np.array([[0.6, 0.3, 0.1], [0.1, 0.9, 0], [0.05, 0, 0.95], [0.3, 0.3, 0.4]])
+    labels = [1, 1, 0, 0]  # wrong: 0 as cat 60 %, 2 as frog 95 %, 3 as frog 40 %
+    figure = plots_images.mistakes_grid(images(4), labels, probabilities, NAMES, n=2)
+    drawn = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in drawn] == [
+        "cat, called\nfrog, 95.0 %",
+        "dog, called\ncat, 60.0 %",
+    ]
+    for ax, i in zip(drawn, (2, 0), strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), images(4)[i].permute(1, 2, 0))
+
+
+def test_no_mistakes_says_so() -> None:
+    figure = plots_images.mistakes_grid(images(3), [0, 1, 2], np.eye(3), NAMES)
+    assert "no mistakes" in {ax.get_title(loc="left") for ax in figure.axes}
+
+
+def test_pictures_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"images: got shape \(3, 32, 32\); allowed is"):
+        plots_images.to_pixels(images(1)[0])

@@ -1,0 +1,195 @@
+"""One loop: it learns, repeats itself to the bit, resumes, stops early and refuses to go astray."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from cifar_lib import checkpoint, results
+from cifar_lib import train as train_module
+from cifar_lib.data import Splits
+from cifar_lib.train import evaluate_run, train
+
+
+def history(run: results.Run) -> pd.DataFrame:
+    return run.metrics.drop(columns="seconds")
+
+
+def same_weights(a: results.Run, b: results.Run) -> bool:
+    return all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+class StopError(Exception):
+    """Stands for a process that ends between two epochs."""
+
+
+def stop_after(monkeypatch, epoch: int) -> None:
+    save = checkpoint.save_checkpoint
+
+    def save_then_stop(run_dir, state):
+        save(run_dir, state)
+        if state["epoch"] == epoch:
+            raise StopError
+
+    monkeypatch.setattr(train_module.checkpoint, "save_checkpoint", save_then_stop)
+
+
+def test_it_learns_and_leaves_a_whole_record(tmp_path, digits, tiny):
+    run = train(tiny(epochs=6, learning_rate=0.1, tta="mirror"), 0, digits, tmp_path)
+    assert run.metrics.train_loss.iloc[-1] < 0.7 * run.metrics.train_loss.iloc[0]
+    result = run.summary["result"]
+    assert result["test_accuracy"] > 0.3
+    assert result["best_epoch"] == run.metrics.val_accuracy.idxmax() + 1
+    assert result["val_accuracy"] == run.metrics.val_accuracy.max()
+    assert result["epochs"] == 6 and result["seed"] == 0
+    assert run.test_logits.shape == (len(digits.test), 10)
+    accuracy = (run.test_logits.argmax(1) == digits.test.labels).double().mean().item()
+    assert result["test_accuracy"] == accuracy
+    assert result["test_accuracy_tta"] is not None
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "config.yaml", "metrics.csv", "last.pt", "previous.pt", "best.safetensors", "summary.json",
+    }  # fmt: skip
+    assert list(run.metrics) == results.METRIC_COLUMNS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixup": 0.2, "cutout": 8, "randaugment_ops": 1, "flip": "alternating"},
+        {"ema_decay": 0.9, "optimizer": "adamw", "learning_rate": 0.01},
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    tmp_path, digits, tiny, monkeypatch, changes
+):
+    config = tiny(dropout=0.2, **changes)
+    whole = train(config, 0, digits, tmp_path / "whole")
+    stop_after(monkeypatch, 2)
+    with pytest.raises(StopError):
+        train(config, 0, digits, tmp_path / "cut")
+    monkeypatch.undo()
+    assert not results.is_finished(tmp_path / "cut")
+    resumed = train(config, 0, digits, tmp_path / "cut")
+    pd.testing.assert_frame_equal(history(whole), history(resumed), check_exact=True)
+    assert same_weights(whole, resumed)
+    assert torch.equal(whole.test_logits, resumed.test_logits)
+
+
+def test_seeds_differ_and_repeat(tmp_path, digits, tiny):
+    first, again, other = (
+        train(tiny(epochs=1), seed, digits, tmp_path / name)
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypatch):
+    stop_after(monkeypatch, 1)
+    with pytest.raises(StopError):
+        train(tiny(), 0, digits, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(train_module, "training_code_sha256", lambda: "0" * 64)
+    starts = []
+    real = train_module._train_epoch
+    monkeypatch.setattr(
+        train_module,
+        "_train_epoch",
+        lambda state, *rest: (starts.append(state.epoch), real(state, *rest))[1],
+    )
+    train(tiny(), 0, digits, tmp_path)
+    assert starts == [0, 1, 2]
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, digits, tiny):
+    # A network without batch norm would be exact; SmallCNN's norms see the micro-batch, so only
+    # the first loss, before any update, is compared, in a network made to ignore the batch.
+    config = tiny(epochs=1, batch_size=200, learning_rate=1e-6)
+    whole = train(config, 0, digits, tmp_path / "whole")
+    parts = train(
+        config.model_copy(update={"micro_batch_size": 100}), 0, digits, tmp_path / "parts"
+    )
+    assert parts.metrics.train_loss[0] == pytest.approx(whole.metrics.train_loss[0], rel=0.05)
+    assert parts.summary["config_fingerprint"] != whole.summary["config_fingerprint"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, digits, tiny, monkeypatch):
+    real = train_module.augment_batch
+
+    def broken(images, labels, index, *, epoch, **rest):
+        x, y = real(images, labels, index, epoch=epoch, **rest)
+        return (x * float("nan") if epoch == 1 else x), y
+
+    monkeypatch.setattr(train_module, "augment_batch", broken)
+    with pytest.raises(FloatingPointError, match=r"epoch 2, step 1 of 4.*learning_rate"):
+        train(tiny(), 0, digits, tmp_path)
+    assert checkpoint.load_checkpoint(tmp_path)["epoch"] == 1
+    assert not results.is_finished(tmp_path)
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path, digits, tiny):
+    run = train(tiny(epochs=10, learning_rate=1e-9, early_stopping=2), 0, digits, tmp_path)
+    assert len(run.metrics) < 10
+    assert run.summary["result"]["epochs"] - run.summary["result"]["best_epoch"] == 2
+
+
+def test_without_validation_the_last_epoch_is_taken(tmp_path, digits, tiny):
+    n = len(digits.test)
+    empty = digits.val.subset(torch.zeros(0, dtype=torch.int64))
+    splits = dataclasses.replace(digits, val=empty)
+    run = train(tiny(val_fraction=0.0, epochs=2), 0, splits, tmp_path)
+    result = run.summary["result"]
+    assert result["val_accuracy"] is None and result["best_epoch"] == 2
+    assert 0 <= result["test_accuracy"] <= 1 and len(run.test_logits) == n
+
+
+def test_the_test_set_is_read_after_the_last_epoch_alone(tmp_path, digits, tiny, monkeypatch):
+    seen = []
+    real = train_module.predict_logits
+    monkeypatch.setattr(
+        train_module,
+        "predict_logits",
+        lambda model, images, **rest: (seen.append(len(images)), real(model, images, **rest))[1],
+    )
+    splits = Splits(digits.train, digits.val, digits.test, digits.info)
+    train(tiny(epochs=2), 0, splits, tmp_path)
+    assert seen == [len(digits.val), len(digits.val), len(digits.test)]
+
+
+def test_a_saved_run_evaluates_to_what_it_said(tmp_path, digits, tiny):
+    run = train(tiny(ema_decay=0.5), 0, digits, tmp_path)
+    again = evaluate_run(results.load_run(tmp_path), digits)
+    assert again["test_accuracy"] == run.summary["result"]["test_accuracy"]
+
+
+def test_averaged_weights_are_the_ones_evaluated(tmp_path, digits, tiny):
+    plain = train(tiny(epochs=2), 0, digits, tmp_path / "plain")
+    averaged = train(tiny(epochs=2, ema_decay=0.99), 0, digits, tmp_path / "averaged")
+    assert not same_weights(plain, averaged)
+    assert plain.metrics.train_loss.equals(averaged.metrics.train_loss)
+
+
+def test_bf16_trains_where_the_processor_has_it(tmp_path, digits, tiny):
+    run = train(tiny(precision="bf16"), 0, digits, tmp_path)
+    assert run.summary["hardware"]["precision"] == "bf16"
+    assert run.metrics.train_loss.iloc[-1] < run.metrics.train_loss.iloc[0]
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path, digits, tiny):
+    with pytest.raises(ValueError, match="precision: got 'fp16'"):
+        train(tiny(precision="fp16", device="cpu"), 0, digits, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there_is_refused(tmp_path, digits, tiny):
+    with pytest.raises(ValueError, match="device: got 'cuda'"):
+        train(tiny(device="cuda"), 0, digits, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_loop_trains_on_cuda(tmp_path, digits, tiny):
+    run = train(tiny(device="cuda", precision="auto", epochs=6), 0, digits, tmp_path)
+    assert run.metrics.train_loss.iloc[-1] < run.metrics.train_loss.iloc[0]
