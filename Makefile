@@ -11,6 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --quiet
+# make bench BENCH_DIR=reports/full/benchmarks publishes what was measured.
+BENCH_DIR ?= runs/bench
 INSTALLED := $(VENV)/.installed
 # Tests ask no network, and run on one thread: they are tiny, and so do not fight for the cores.
 OFFLINE := CIFAR10_DOWNLOAD=0 OMP_NUM_THREADS=1
@@ -55,8 +57,10 @@ lab: $(INSTALLED) ## open JupyterLab on the notebooks
 report: $(INSTALLED) ## regenerate the index and the tables from the summaries
 	@$(BIN)/python -m cifar_lib report
 
-bench: $(INSTALLED) ## time what benchmarks/ compares, one script after another
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(INSTALLED) ## time what benchmarks/ compares, one script after another (leave the machine alone)
+	@mkdir -p $(BENCH_DIR)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; \
+		$(BIN)/python "$$script" --out "$(BENCH_DIR)/$$(basename "$$script" .py).json"; done
 
 refresh: $(INSTALLED) ## execute the notebooks in place (smoke setting): their compared outputs anew
 	@$(OFFLINE) $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace --execute \

@@ -1,12 +1,10 @@
 """The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
 
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 import yaml
 
@@ -63,7 +61,6 @@ def train(
             raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
         values[name] = yaml.safe_load(text)
     config: TrainConfig = parse_config(values)
-    _log_to_console()
     for run in runs(config, seeds or [0], experiment=params.stem, force=force):
         _print_result(run.summary["result"], _shown(run.path))
 
@@ -74,7 +71,7 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run's weights on the test set again, from its saved weights."""
     from cifar_lib.results import load_run
-    from cifar_lib.train import evaluate_run
+    from cifar_lib.train_evaluate import evaluate_run
 
     _print_result(evaluate_run(load_run(run)), _shown(run))
 
@@ -110,6 +107,8 @@ def report(
         raise typer.Exit(1)
 
 
+# Typer carries a click of its own and exports only this subclass of its UsageError.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on")
 
 
@@ -129,18 +128,14 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def _log_to_console() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-
-
 def main() -> None:
     """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
     try:
         status = app(standalone_mode=False)
-    except click.UsageError as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+    except _USAGE_ERROR as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
         sys.exit(2)
-    except click.Abort:
+    except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last epoch", file=sys.stderr)

@@ -24,7 +24,7 @@ def sample(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
     n, c, h, w = images.shape
     # One black pixel all round, and everything outside clamped onto it: cheaper than a mask.
     framed = F.pad(images, (1, 1, 1, 1)).flatten(2)
-    source = (y.clamp(-1, h) + 1) * (w + 2) + (x.clamp(-1, w) + 1)
+    source = torch.add(x.clamp(-1, w) + (w + 3), y.clamp(-1, h), alpha=w + 2)
     source = source.long().view(n, 1, h * w).expand(-1, c, -1)
     return framed.gather(2, source).view(n, c, h, w)
 

@@ -132,8 +132,9 @@ def split_train(
 ) -> tuple[ImageSet, ImageSet]:
     """Holds a validation part out of the training part, and optionally takes a subset of the rest.
 
-    Both are stratified (each class within one image of its share) and depend on the labels and
-    the seed alone, on every machine. A smaller subset is part of a larger one.
+    Both are stratified (of classes of one size they get the same number, within one image) and
+    depend on the labels and the seed alone, on every machine. A smaller subset is part of a
+    larger one.
 
     Args:
         train: the whole training part.

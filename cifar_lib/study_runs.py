@@ -1,8 +1,11 @@
 """The finished runs of a configuration, trained where they are missing."""
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from cifar_lib import results
 from cifar_lib.config import ROOT, TrainConfig
@@ -49,9 +52,30 @@ def runs(
             run = None
         if run is None or force:
             (folder / results.SUMMARY).unlink(missing_ok=True)
-            run = train(config, seed, splits, folder, progress=_wants_bar(progress))
+            with _logged(folder):
+                run = train(config, seed, splits, folder, progress=_wants_bar(progress))
         finished.append(run)
     return finished
+
+
+@contextmanager
+def _logged(folder: Path) -> Iterator[None]:
+    """A line an epoch, to the console and to `train.log` in the run's folder at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("cifar_lib")
+    level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
+    logger.setLevel(logging.INFO)
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+        file.close()
 
 
 def _wants_bar(progress: bool | None) -> bool:

@@ -7,39 +7,27 @@ state has to be stored.
 
 import copy
 import logging
-import math
 import time
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from cifar_lib import checkpoint, results
 from cifar_lib.augment import augment_batch
 from cifar_lib.config import TrainConfig
-from cifar_lib.data import ImageSet, Splits, load_splits
-from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
+from cifar_lib.data import Splits
 from cifar_lib.execution import (
     Execution,
     OtherLoad,
     choose_execution,
-    describe_environment,
-    describe_hardware,
-    git_commit,
-    training_code_sha256,
 )
-from cifar_lib.models import count_parameters, flops_per_image
 from cifar_lib.optim import build_schedule, set_learning_rate
+from cifar_lib.train_evaluate import Metrics, finish, validate
 from cifar_lib.train_state import TrainState
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, Any]
 
 
 def train(
@@ -73,24 +61,36 @@ def train(
     began = time.perf_counter()
 
     while state.epoch < config.epochs and not state.stopped_early:
-        metrics = _train_epoch(state, seed, execution, progress)
-        metrics |= _validate(state, splits.val, execution)
+        metrics = train_epoch(state, execution, progress)
+        metrics |= validate(state, splits.val, execution)
         metrics["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         state.record(metrics, run_dir)
         checkpoint.save_checkpoint(run_dir, state.to_dict())
         logger.info(_epoch_line(metrics, config.epochs))
 
-    summary = _finish(state, splits, execution, run_dir)
+    summary = finish(state, splits, execution, run_dir)
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)
     summary["result"]["other_load"] = round(load.share(), 3)
     results.save_summary(run_dir, summary)
     return results.load_run(run_dir)
 
 
-def _train_epoch(state: TrainState, seed: int, execution: Execution, progress: bool) -> Metrics:
-    """One pass over the training images; waits for the device only at its end."""
-    config, epoch, device = state.config, state.epoch, execution.device
+def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
+    """Makes one pass over the training images; waits for the device only at its end.
+
+    Args:
+        state: its model, optimiser and averaged weights move on; its `epoch` does not.
+        execution: where and in which precision.
+        progress: whether to show a bar over the steps.
+
+    Returns:
+        seed, epoch (from 1), learning_rate of the last step, train_loss and train_accuracy.
+
+    Raises:
+        FloatingPointError: a loss was not finite; names epoch and step.
+    """
+    config, seed, epoch, device = state.config, state.seed, state.epoch, execution.device
     steps = state.steps_per_epoch
     factor_at = build_schedule(config, steps)
     generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
@@ -153,114 +153,6 @@ def _train_epoch(state: TrainState, seed: int, execution: Execution, progress: b
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
-
-
-def _validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
-    if len(val) == 0:
-        return {"val_loss": None, "val_accuracy": None}
-    logits = _logits(state, val, execution)
-    return {
-        "val_loss": cross_entropy(logits, val.labels),
-        "val_accuracy": accuracy(logits, val.labels),
-    }
-
-
-def _logits(state: TrainState, images: ImageSet, execution: Execution, tta: bool = False) -> Tensor:
-    return predict_logits(
-        state.evaluated_model,
-        images.images,
-        mean=state.mean,
-        std=state.std,
-        batch_size=state.config.eval_batch_size,
-        dtype=execution.autocast_dtype,
-        channels_last=state.config.channels_last,
-        tta=state.config.tta if tta else "none",
-    )
-
-
-def _finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Path) -> Metrics:
-    """Reads the test set, once, with the weights that validation chose."""
-    config, test = state.config, splits.test
-    weights = results.load_weights(run_dir)
-    state.evaluated_model.load_state_dict(weights)
-    began = time.perf_counter()
-    logits = {"test": _logits(state, test, execution)}
-    if config.tta != "none":
-        logits["test_tta"] = _logits(state, test, execution, tta=True)
-    evaluation_seconds = time.perf_counter() - began
-    results.save_logits(run_dir, logits)
-    train_seconds = math.fsum(row["seconds"] for row in state.history)
-    seen = state.steps_per_epoch * min(config.batch_size, len(state.data)) * state.epoch
-    return {
-        "seed": state.seed,
-        "result": {
-            "seed": state.seed,
-            "val_accuracy": state.best["val_accuracy"],
-            "test_accuracy": accuracy(logits["test"], test.labels),
-            "val_accuracy_last": state.history[-1]["val_accuracy"],
-            "test_accuracy_tta": (
-                accuracy(logits["test_tta"], test.labels) if "test_tta" in logits else None
-            ),
-            "test_loss": cross_entropy(logits["test"], test.labels),
-            "test_top5": top_k_accuracy(logits["test"], test.labels, 5),
-            "best_epoch": state.best["epoch"],
-            "epochs": state.epoch,
-            "train_seconds": round(train_seconds, 2),
-            "evaluation_seconds": round(evaluation_seconds, 2),
-            "images_per_second": round(seen / train_seconds, 1),
-        },
-        "config_fingerprint": config.fingerprint(splits.info.sha256),
-        "dataset": asdict(splits.info),
-        "class_names": list(test.class_names),
-        "model": {
-            "name": config.model,
-            "parameters": count_parameters(state.model),
-            "flops_per_image": flops_per_image(state.model),
-        },
-        "normalization": {"mean": state.mean.tolist(), "std": state.std.tolist()},
-        "hardware": describe_hardware(execution),
-        "environment": describe_environment(),
-        "git_commit": git_commit(),
-        "code_sha256": training_code_sha256(),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
-    """Evaluates a finished run's saved weights on the test set again.
-
-    Args:
-        run: as `results.load_run` gives it.
-        splits: the data, if it is loaded already; must be the data of the run.
-
-    Returns:
-        seed, test_accuracy, test_accuracy_tta (None without `tta`), test_loss.
-
-    Raises:
-        ValueError: the data found is not that of the run, or the weights do not fit.
-    """
-    splits = splits or load_splits(run.config)
-    if splits.info.sha256 != run.summary["dataset"]["sha256"]:
-        raise ValueError(
-            f"{run.path}: was trained on other data ({run.summary['dataset']['name']}, SHA-256 "
-            f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
-        )
-    execution = choose_execution(run.config)
-    state = TrainState.start(run.config, run.seed, splits, execution)
-    results.load_state(state.evaluated_model, run.weights, run.path / results.WEIGHTS)
-    labels = splits.test.labels
-    logits = _logits(state, splits.test, execution)
-    result = {
-        "seed": run.seed,
-        "test_accuracy": accuracy(logits, labels),
-        "test_accuracy_tta": None,
-        "test_loss": cross_entropy(logits, labels),
-    }
-    if run.config.tta != "none":
-        result["test_accuracy_tta"] = accuracy(
-            _logits(state, splits.test, execution, tta=True), labels
-        )
-    return result
 
 
 def _compile(state: TrainState, execution: Execution) -> float:

@@ -25,7 +25,7 @@ def digits() -> Splits:
     return load_splits(TrainConfig(**TINY))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """Makes a configuration from TINY with some fields changed."""
     return lambda **changes: TrainConfig(**(TINY | changes))

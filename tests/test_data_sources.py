@@ -182,6 +182,7 @@ def test_folders_of_any_classes(tmp_path: Path) -> None:
     write_pictures(tmp_path, ("cat", "ant"))
     (tmp_path / "train" / "cat" / "0.png").write_bytes(picture(7, mode="L"))
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves behind")
     (tmp_path / "train" / ".hidden").mkdir()
     source = find_source(tmp_path)
     assert source is not None and source.class_names == ("ant", "cat")

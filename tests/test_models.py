@@ -19,7 +19,10 @@ from cifar_lib.models.vgg import VGG
 # Ten classes at width 1. ResNet-18 and VGG: as in kuangliu/pytorch-cifar; cifar_resnet (depth 20):
 # 0.27 M in He et al., table 6; FLOPs: twice the multiply-adds, summed by hand for small_cnn.
 PARAMETERS_AND_FLOPS = {
-    "small_cnn": (964_170, 2 * (27 * 64 * 32**2 + 576 * 128 * 16**2 + 3456 * 256 * 8**2 + 2560)),
+    "small_cnn": (
+        964_170,
+        2 * (27 * 64 * 32**2 + 576 * 128 * 16**2 + 1152 * 256 * 8**2 + 2304 * 256 * 4**2 + 2560),
+    ),
     "resnet18": (11_173_962, 1_110_845_440),
     "cifar_resnet": (269_722, 81_102_080),
     "vgg11": (9_231_114, 305_539_072),

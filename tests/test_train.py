@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from cifar_lib import checkpoint, results
+from cifar_lib import checkpoint, results, train_evaluate, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
-from cifar_lib.train import evaluate_run, train
+from cifar_lib.train import train
+from cifar_lib.train_evaluate import evaluate_run
 
 
 def history(run: results.Run) -> pd.DataFrame:
@@ -91,12 +92,12 @@ def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypa
     with pytest.raises(StopError):
         train(tiny(), 0, digits, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(train_module, "training_code_sha256", lambda: "0" * 64)
+    monkeypatch.setattr(train_state, "training_code_sha256", lambda: "0" * 64)
     starts = []
-    real = train_module._train_epoch
+    real = train_module.train_epoch
     monkeypatch.setattr(
         train_module,
-        "_train_epoch",
+        "train_epoch",
         lambda state, *rest: (starts.append(state.epoch), real(state, *rest))[1],
     )
     train(tiny(), 0, digits, tmp_path)
@@ -147,9 +148,9 @@ def test_without_validation_the_last_epoch_is_taken(tmp_path, digits, tiny):
 
 def test_the_test_set_is_read_after_the_last_epoch_alone(tmp_path, digits, tiny, monkeypatch):
     seen = []
-    real = train_module.predict_logits
+    real = train_evaluate.predict_logits
     monkeypatch.setattr(
-        train_module,
+        train_evaluate,
         "predict_logits",
         lambda model, images, **rest: (seen.append(len(images)), real(model, images, **rest))[1],
     )

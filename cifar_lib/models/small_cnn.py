@@ -31,8 +31,8 @@ class SmallCNN(nn.Module):
         self.features = nn.Sequential(
             *_stage(3, c1, pool=True),  # (N, c1, 16, 16)
             *_stage(c1, c2, pool=True),  # (N, c2, 8, 8)
-            *_stage(c2, c3, pool=False),  # (N, c3, 8, 8)
-            *_stage(c3, c4, pool=True),  # (N, c4, 4, 4)
+            *_stage(c2, c3, pool=True),  # (N, c3, 4, 4)
+            *_stage(c3, c4, pool=False),  # (N, c4, 4, 4)
         )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)

@@ -1,0 +1,94 @@
+"""The command line: every command explains itself; a mistake is one line and exit status 2."""
+
+import sys
+
+import pytest
+
+from cifar_lib import __main__ as cli
+from cifar_lib import study_runs
+
+COMMANDS = ["study", "train", "evaluate", "data", "report"]
+PARAMS = """\
+question: What?
+dataset: digits
+n_train: 100
+width: 0.125
+epochs: 1
+batch_size: 50
+precision: fp32
+"""
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls the command line as a shell would: status, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cifar_lib", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return run
+
+
+def test_help_names_every_command(call):
+    status, out, _ = call("--help")
+    assert status == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(call, command):
+    status, out, _ = call(command, "--help")
+    assert status == 0 and "Usage" in out and len(out) > 150
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["study", "--preset", "fast"], "unknown preset 'fast'"),
+        (["study", "--seeds", "0"], "--seeds"),
+        (["study", "--nothing"], "--nothing"),
+        (["nothing"], "nothing"),
+        (["train", "none.yaml"], "none.yaml: No such file"),
+        (["train", "PARAMS", "-p", "epochs"], "-p 'epochs': expected NAME=VALUE"),
+        (["train", "PARAMS", "-p", "epochs=many"], "epochs: got 'many'"),
+        (["train", "PARAMS", "-p", "lr=1"], "unknown field 'lr'"),
+        (["train", "PARAMS", "-p", "model=big"], "model: got 'big'"),
+        (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=EMPTY"], "EMPTY"),
+        (["data", "--dataset", "cifar100"], "dataset: got 'cifar100'"),
+        (["evaluate", "EMPTY"], "not a finished run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(call, tmp_path, words, said):
+    params, empty = tmp_path / "params.yaml", tmp_path / "empty"
+    params.write_text(PARAMS)
+    empty.mkdir()
+    places = {"PARAMS": str(params), "EMPTY": str(empty)}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+        said = said.replace(name, place)
+    status, _, err = call(*words)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_train_then_evaluate(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    params = tmp_path / "mine.yaml"
+    params.write_text(PARAMS)
+    status, out, _ = call("train", str(params), "-p", "tta=mirror", "--seed", "4")
+    assert status == 0 and "seed 4" in out and "test_accuracy_tta" in out
+    (folder,) = (tmp_path / "runs/mine").iterdir()
+    status, again, _ = call("evaluate", str(folder))
+    assert status == 0
+    assert again.split("test_accuracy ")[1].split(" ")[0] in out
+
+
+def test_data_says_what_it_found(call):
+    status, out, _ = call("data", "--dataset", "digits")
+    assert status == 0
+    assert "name: digits" in out and "sha256: " in out and "n_test: 360" in out

@@ -1,0 +1,50 @@
+"""The notebooks' saved outputs are a test that can fail; generated text has not drifted."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from cifar_lib import index
+from cifar_lib.config import ROOT
+from cifar_lib.reports import read_summaries
+
+
+def nbval(path):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-q", str(path)]
+        + ["-p", "no:cacheprovider", "--rootdir", str(path.parent), "--timeout=0"],
+        capture_output=True,
+        text=True,
+        cwd=path.parent,
+    )
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_one_altered_saved_output_turns_nbval_red(tmp_path, altered):
+    notebook = nbformat.read(ROOT / "notebooks/05_compare.ipynb", as_version=4)
+    texts = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "stream"
+    ]
+    if altered:
+        texts[0].text = texts[0].text.replace("4 experiments", "5 experiments")
+    nbformat.write(notebook, tmp_path / "compare.ipynb")
+    result = nbval(tmp_path / "compare.ipynb")
+    assert result.returncode == int(altered), result.stdout[-2000:]
+    assert ("1 failed" in result.stdout) == altered
+
+
+def test_generated_text_has_not_drifted():
+    drifted = [path.relative_to(ROOT).as_posix() for path in index.drifted_files()]
+    assert drifted == [], "run `make report` and commit what it changes"
+
+
+def test_drift_is_seen(monkeypatch):
+    summaries = read_summaries("tests/fixtures/reports")
+    monkeypatch.setattr(index, "read_summaries", lambda _: summaries)
+    assert {path.name for path in index.drifted_files()} >= {"README.md", "01_baseline.ipynb"}

@@ -1,0 +1,100 @@
+"""A run is loaded as it was saved, and a report is read back as it was written."""
+
+import dataclasses
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from cifar_lib import reports, results
+from cifar_lib.data import DataInfo
+from cifar_lib.reports import Report, comparison_frame, read_summaries
+from cifar_lib.train import train
+
+INFO = DataInfo("cifar10", "parquet", True, "0" * 64, 45_000, 5_000, 10_000)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digits, tiny):
+    return train(tiny(epochs=1), 3, digits, tmp_path_factory.mktemp("run"))
+
+
+def test_a_run_is_loaded_as_it_was_saved(run):
+    again = results.load_run(run.path)
+    assert again.config == run.config and again.seed == 3
+    pd.testing.assert_frame_equal(again.metrics, run.metrics)
+    assert again.summary == run.summary
+    assert results.is_finished(run.path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv", "best.safetensors", "summary.json"])
+def test_an_unfinished_run_names_what_is_missing(run, tmp_path, name):
+    for path in run.path.iterdir():
+        if path.name != name:
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert not results.is_finished(tmp_path)
+    with pytest.raises(ValueError, match=f"not a finished run, {name} missing"):
+        results.load_run(tmp_path)
+
+
+def test_a_broken_record_is_named(run, tmp_path):
+    for path in run.path.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="broken run record"):
+        results.load_run(tmp_path)
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(ValueError, match=r"here: these weights do not fit the model: .*\S"):
+        results.load_state(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)}, "here")
+
+
+def test_frames_are_tidy(run):
+    assert list(results.metrics_frame([run, run])) == results.METRIC_COLUMNS
+    assert list(results.results_frame([run])["seed"]) == [3]
+
+
+def test_a_report_has_the_keys_of_its_contract(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    report = Report("out", "01_baseline", "name", "full", "What?")
+    report.finish(run.config, [run], reported={"accuracy": 0.8, "by": "study A", "on": "original"})
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert list(summary)[:5] == ["schema", "experiment", "notebook", "preset", "question"]
+    assert summary.keys() >= {
+        "config", "config_fingerprint", "dataset", "model", "runs", "test_accuracy", "reported",
+        "hardware", "environment", "git_commit", "finished_at",
+    }  # fmt: skip
+    assert summary["dataset"].keys() == {f.name for f in dataclasses.fields(DataInfo)}
+    assert summary["runs"][0].keys() >= {
+        "seed", "val_accuracy", "test_accuracy", "val_accuracy_last", "test_accuracy_tta",
+        "test_loss", "best_epoch", "epochs", "train_seconds", "evaluation_seconds",
+        "images_per_second",
+    }  # fmt: skip
+    accuracy = run.summary["result"]["test_accuracy"]
+    assert summary["test_accuracy"] == {"mean": accuracy, "low": None, "high": None, "n": 1}
+    assert (tmp_path / "out/metrics.csv").read_text().startswith("seed,epoch,learning_rate,")
+    (row,) = comparison_frame(read_summaries("out")).to_dict("records")
+    assert row["reported_accuracy"] == 0.8 and row["test_accuracy"] == accuracy
+
+
+def test_an_explored_notebook_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    report = Report("", "01_baseline", "smoke", "smoke", "What?")
+    summary = report.finish(run.config, [run])
+    report.table("x", pd.DataFrame({"a": [1]}))
+    assert summary["test_accuracy"]["n"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_summary_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text('{"notebook": "x"}')
+    with pytest.raises(ValueError, match=r"summary\.json: broken summary"):
+        read_summaries(tmp_path)
+
+
+def test_a_stand_in_is_called_one():
+    digits_info = dataclasses.replace(INFO, name="digits", source="embedded", lossy=False)
+    assert "say nothing about CIFAR-10" in reports.caption_of(digits_info)
+    assert reports.caption_of(INFO).startswith("Data: CIFAR-10, JPEG copy (parquet); 45,000 train")

@@ -1,0 +1,205 @@
+"""The runner: refuses before it runs, leaves what is up to date, keeps going past a failure."""
+
+import io
+import json
+import shutil
+
+import nbformat
+import pytest
+
+from cifar_lib import reports, study, study_execute, study_experiments, study_runs
+from cifar_lib.config import ROOT
+from cifar_lib.study_experiments import load_preset
+
+PARAMETERS = """\
+question: str = "What?"  # what it asks
+dataset: str = "digits"  # auto, cifar10 or digits
+epochs: int = 1  # passes
+broken: bool = False  # whether to fail
+seeds: list = [0]  # one run each
+experiment: str = "smoke"  # its name
+preset: str = "smoke"  # its preset
+report_dir: str = ""  # where to"""
+BODY = """\
+import json
+from pathlib import Path
+print("seed 0 epoch 1/1: shown")
+print("not shown")
+assert not broken
+Path(report_dir, "summary.json").write_text(json.dumps({"epochs": epochs, "seeds": seeds}))"""
+STUDY = """\
+presets:
+  quick:
+    - {notebook: toy, params: toy/one.yaml, seeds: [0, 1]}
+    - {notebook: toy, params: toy/two.yaml}
+  twice:
+    - {notebook: toy, params: toy/one.yaml}
+    - {notebook: toy, params: toy/one.yaml}
+  typo:
+    - {notebook: toy, param: toy/one.yaml}
+  lost:
+    - {notebook: none, params: toy/one.yaml}
+"""
+ONE = "question: One?\ndataset: digits\nepochs: 1\n"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one toy notebook, two experiments and the real library."""
+    for module in (study, study_execute, study_experiments, study_runs, reports):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "params/toy").mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS, BODY)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, tmp_path / "notebooks/toy.ipynb")
+    (tmp_path / "params/study.yaml").write_text(STUDY)
+    (tmp_path / "params/toy/one.yaml").write_text(ONE)
+    (tmp_path / "params/toy/two.yaml").write_text(ONE.replace("One", "Two"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("preset", "only", "text", "said"),
+    [
+        ("fast", "*", ONE, "unknown preset 'fast'.*quick"),
+        ("quick", "nothing*", ONE, "--only 'nothing\\*' matches none of: toy/one, toy/two"),
+        ("quick", "*", ONE + "lr: 0.1\n", "one.yaml: unknown parameter 'lr'; toy.ipynb accepts"),
+        ("quick", "*", ONE + "seeds: [1]\n", "unknown parameter 'seeds'"),
+        ("quick", "*", "question: One?\ndataset: digits\n", "missing parameter 'epochs'"),
+        ("quick", "*", ONE + "epochs: 2\n", "line 4: duplicate key 'epochs'"),
+        ("quick", "*", ONE.replace("1", "-1"), "one.yaml: epochs: got -1"),
+        ("twice", "*", ONE, "names an experiment twice"),
+        ("typo", "*", ONE, "'param'"),
+        ("lost", "*", ONE, "no notebook notebooks/none.ipynb"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_runs(checkout, preset, only, text, said):
+    (checkout / "params/toy/one.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said) as caught:
+        study.study(preset, only)
+    assert "\n" not in str(caught.value)
+    assert not (checkout / "runs").exists() and not (checkout / "reports").exists()
+
+
+def run_study(only="*", **options) -> tuple[list[str], str]:
+    console = io.StringIO()
+    failed = study.study("quick", only, console=console, **options)
+    return [experiment.label for experiment in failed], console.getvalue()
+
+
+def test_what_is_up_to_date_is_left_and_what_changed_is_run(checkout):
+    failed, said = run_study("toy/one")
+    assert failed == [] and "toy/one: done in" in said
+    assert "seed 0 epoch 1/1: shown" in said and "not shown" not in said
+    place = checkout / "reports/quick/toy/one"
+    first = json.loads((place / "summary.json").read_text())
+    assert first["epochs"] == 1 and first["seeds"] == [0, 1]
+    executed = nbformat.read(place / "executed.ipynb", as_version=4)
+    assert "papermill" not in executed.metadata and str(checkout) not in json.dumps(executed)
+    assert "not shown" in (checkout / "runs/logs/quick/toy-one.log").read_text()
+
+    assert "toy/one: up to date" in run_study("toy/one")[1]
+    (checkout / "params/toy/one.yaml").write_text(ONE.replace("1", "2"))
+    assert "toy/one: done in" in run_study("toy/one")[1]
+    assert json.loads((place / "summary.json").read_text())["epochs"] == 2
+    assert not list(place.parent.glob(".*"))
+
+
+def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
+    run_study("toy/one")
+    (checkout / "params/toy/one.yaml").write_text(ONE + "broken: true\n")
+    failed, said = run_study()
+    assert failed == ["toy/one"]
+    assert "toy/one: FAILED: AssertionError" in said and "toy/two: done in" in said
+    assert "see runs/.scratch/quick/toy/one/executed.ipynb" in said
+    assert (checkout / "runs/.scratch/quick/toy/one/executed.ipynb").is_file()
+    assert (checkout / "reports/quick/toy/one/summary.json").is_file()
+
+
+def test_the_key_follows_everything_a_report_depends_on(checkout, monkeypatch):
+    def key(**changes):
+        (experiment,) = load_preset("quick", "toy/one", **changes)
+        return study_execute.input_key(experiment)
+
+    first = key()
+    assert key() == first
+    assert key(n_seeds=1) != first
+    notebook = checkout / "notebooks/toy.ipynb"
+    text = notebook.read_text()
+    notebook.write_text(text.replace("not shown", "hidden"))
+    assert key() != first
+    notebook.write_text(text)
+    (checkout / "cifar_lib").mkdir()
+    (checkout / "cifar_lib/new.py").write_text("x = 1\n")
+    assert key() != first
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_every_committed_preset_is_sound(preset):
+    experiments = load_preset(preset)
+    assert len(experiments) >= 4
+    for experiment in experiments:
+        assert set(study_experiments.notebook_parameters(experiment.source)) >= {
+            *study_experiments.RUNNER_PARAMETERS
+        }
+        assert experiment.parameters["question"].rstrip()
+
+
+def test_every_parameter_file_is_in_a_preset():
+    listed = {f"{e.notebook}/{e.name}" for p in ("quick", "full") for e in load_preset(p)}
+    files = {f"{p.parent.name}/{p.stem}" for p in (ROOT / "params").glob("*/*.yaml")}
+    assert files == listed
+
+
+def test_every_notebook_parameter_means_something():
+    from cifar_lib.config import TrainConfig
+
+    known = {*TrainConfig.model_fields, *study_experiments.RUNNER_PARAMETERS, "question"}
+    known |= {"reported_accuracy", "reported_by", "reported_on", "reports_dir"}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        assert set(study_experiments.notebook_parameters(path)) <= known, path.name
+
+
+def test_a_run_logs_to_the_console_and_to_its_folder(tmp_path, digits, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    (run,) = study.runs(tiny(epochs=2), [0], experiment="e", splits=digits, progress=False)
+    console, log = capsys.readouterr().out, (run.path / "train.log").read_text()
+    for text in (console, log):
+        assert text.count("seed 0 epoch ") == 2 and "val loss" in text
+
+
+def test_finished_runs_are_returned_and_only_quick_follows_the_code(
+    tmp_path, digits, tiny, monkeypatch
+):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    trained, real = [], study_runs.train
+
+    def counted(config, seed, *rest, **options):
+        trained.append(seed)
+        return real(config, seed, *rest, **options)
+
+    monkeypatch.setattr(study_runs, "train", counted)
+
+    def runs(preset, **options):
+        config = tiny(epochs=1)
+        return study.runs(
+            config, [0, 1], experiment="e", preset=preset, splits=digits, progress=False, **options
+        )
+
+    first = runs("full")
+    assert [run.seed for run in first] == [0, 1] == trained
+    again = runs("full")
+    assert trained == [0, 1] and again[0].summary == first[0].summary
+    monkeypatch.setattr(study_runs, "training_code_sha256", lambda: "other")
+    runs("full")
+    assert trained == [0, 1]
+    runs("quick")
+    assert trained == [0, 1, 0, 1]
+    runs("full", force=True)
+    assert trained == [0, 1, 0, 1, 0, 1]
+    shutil.rmtree(tmp_path)
