@@ -80,11 +80,16 @@ def evaluate(
 def data(
     dataset: Annotated[str, typer.Option(help="auto, cifar10 or digits.")] = "auto",
     data_dir: Annotated[str | None, typer.Option(help="Folder that holds CIFAR-10.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Bring CIFAR-10 here if it is not, however long.")
+    ] = False,
 ) -> None:
     """Say which data a run would use, where it comes from, and its checksum."""
     from cifar_lib.config import parse_config
     from cifar_lib.data import load_splits
 
+    if download:
+        dataset = "cifar10"
     splits = load_splits(parse_config({"dataset": dataset, "data_dir": data_dir}))
     for name, value in asdict(splits.info).items():
         typer.echo(f"{name}: {value}")

@@ -92,3 +92,10 @@ def test_data_says_what_it_found(call):
     status, out, _ = call("data", "--dataset", "digits")
     assert status == 0
     assert "name: digits" in out and "sha256: " in out and "n_test: 360" in out
+
+
+def test_data_download_asks_for_cifar10_itself(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
+    status, _, err = call("data", "--download")
+    assert status == 2 and str(tmp_path) in err and "CIFAR10_DOWNLOAD" in err
