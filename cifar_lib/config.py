@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
     padding: Literal["zeros", "reflect"] = Field("zeros", description="what a translation moves in")
     rotate: Float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
     affine: Float = Field(
-        0.0, ge=0, le=1, description="largest relative scale change and shear (radians), 0..1"
+        0.0, ge=0, lt=1, description="largest relative scale change and shear (radians), below 1"
     )
     color_jitter: Float = Field(
         0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter, 0..1"

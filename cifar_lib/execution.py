@@ -88,6 +88,14 @@ def choose_execution(config: TrainConfig) -> Execution:
     return Execution(torch.device(name), dtypes[precision])
 
 
+def prepare_device(execution: Execution, deterministic: bool) -> None:
+    """Sets what PyTorch keeps a process: deterministic algorithms, or the fastest ones on CUDA."""
+    torch.use_deterministic_algorithms(deterministic)
+    if execution.device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+
+
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 

@@ -22,6 +22,7 @@ from cifar_lib.execution import (
     Execution,
     OtherLoad,
     choose_execution,
+    prepare_device,
 )
 from cifar_lib.optim import build_schedule, set_learning_rate
 from cifar_lib.train_evaluate import Metrics, finish, validate
@@ -54,8 +55,7 @@ def train(
     state = TrainState.start(config, seed, splits, execution)
     state.resume(run_dir)
     results.save_config(run_dir, config)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+    prepare_device(execution, config.deterministic)
     compile_seconds = _compile(state, execution) if config.compile else 0.0
     load = OtherLoad()
     began = time.perf_counter()
@@ -108,7 +108,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         set_learning_rate(state.optimizer, config.learning_rate * factor_at(epoch * steps + step))
         index = order[step * size : (step + 1) * size]
         images, targets = augment_batch(
-            state.data.images[index],
+            state.data.images.index_select(0, index),
             state.data.labels[index],
             index,
             config=config,

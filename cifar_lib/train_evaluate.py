@@ -61,7 +61,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
                 accuracy(logits["test_tta"], test.labels) if "test_tta" in logits else None
             ),
             "test_loss": cross_entropy(logits["test"], test.labels),
-            "test_top5": top_k_accuracy(logits["test"], test.labels, 5),
+            "test_top5": top_k_accuracy(logits["test"], test.labels, min(5, len(test.class_names))),
             "best_epoch": state.best["epoch"],
             "epochs": state.epoch,
             "train_seconds": round(train_seconds, 2),
