@@ -17,6 +17,16 @@ from cifar_lib.files import write_atomic, write_json
 from cifar_lib.results import Run, metrics_frame
 
 SCHEMA = 1
+_NUMBERS = {
+    "val_accuracy",
+    "test_accuracy",
+    "low",
+    "high",
+    "test_accuracy_tta",
+    "train_seconds",
+    "other_load",
+    "reported_accuracy",
+}
 
 
 class Report:
@@ -159,7 +169,9 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
 
 def comparison_frame(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     """All experiments that trained something, a row each, the columns of `row_of`."""
-    return pd.DataFrame([row_of(summary) for summary in summaries if summary["runs"]])
+    frame = pd.DataFrame([row_of(summary) for summary in summaries if summary["runs"]])
+    numbers = [name for name in frame if name in _NUMBERS]  # None, where all are, is NaN here
+    return frame.astype(dict.fromkeys(numbers, float))
 
 
 def describe_dataset(dataset: dict[str, Any]) -> str:

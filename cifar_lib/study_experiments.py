@@ -1,5 +1,6 @@
 """Experiments: read from params/ and checked, all of them, before anything runs."""
 
+import ast
 import fnmatch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +12,6 @@ from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 
 # What the runner itself tells a notebook, beside the parameters of the file.
 RUNNER_PARAMETERS = ("experiment", "preset", "report_dir", "seeds")
-# What a parameter file must say, where the notebook has it: without it no experiment is named.
-REQUIRED = ("question", "dataset", "model", "epochs", "batch_size", "optimizer", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -116,22 +115,36 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
 
 
 def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Path) -> None:
-    """Refuses parameters that a notebook does not have, and lacks that make no experiment.
+    """Refuses parameters that a notebook does not have, and a file that leaves its smoke setting on.
+
+    A notebook's own defaults make it a smoke run of seconds. Where such a default is not that
+    of TrainConfig, a parameter file has to say what it wants; what it leaves out is TrainConfig's.
 
     Raises:
         ValueError: names the file, the parameter and what the notebook accepts.
     """
-    accepted = set(notebook_parameters(notebook)) - set(RUNNER_PARAMETERS)
-    unknown = sorted(set(parameters) - accepted)
+    accepted = notebook_parameters(notebook)
+    unknown = sorted(set(parameters) - (set(accepted) - set(RUNNER_PARAMETERS)))
     if unknown:
+        names = ", ".join(sorted(set(accepted) - set(RUNNER_PARAMETERS)))
         raise ValueError(
             f"{where}: unknown parameter {', '.join(map(repr, unknown))}; "
-            f"{notebook.name} accepts: {', '.join(sorted(accepted))}"
+            f"{notebook.name} accepts: {names}"
         )
-    missing = [name for name in REQUIRED if name in accepted and name not in parameters]
+    fields = TrainConfig.model_fields
+    smoke = [name for name, value in accepted.items() if name in fields and _differs(name, value)]
+    missing = [name for name in ["question", *smoke] if name in accepted and name not in parameters]
     if missing:
-        raise ValueError(f"{where}: missing parameter {', '.join(map(repr, missing))}")
+        raise ValueError(
+            f"{where}: missing parameter {', '.join(map(repr, missing))}; "
+            f"{notebook.name} has a smoke setting there"
+        )
     try:
         config_of(parameters)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _differs(name: str, parameter: dict[str, Any]) -> bool:
+    smoke = ast.literal_eval(str(parameter["default"]))
+    return bool(smoke != TrainConfig.model_fields[name].default)
