@@ -115,7 +115,7 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
 
 
 def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Path) -> None:
-    """Refuses parameters that a notebook does not have, and a file that leaves its smoke setting on.
+    """Refuses parameters that a notebook does not have, and files that leave its smoke setting on.
 
     A notebook's own defaults make it a smoke run of seconds. Where such a default is not that
     of TrainConfig, a parameter file has to say what it wants; what it leaves out is TrainConfig's.
