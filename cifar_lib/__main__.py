@@ -1,10 +1,12 @@
 """The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import typer
 import yaml
 
@@ -77,6 +79,47 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    form: Annotated[
+        str, typer.Option("--format", help="table, csv or json, on standard output.")
+    ] = "table",
+    top: Annotated[int, typer.Option(min=1, help="How many classes a picture.")] = 5,
+) -> None:
+    """Say what is on pictures of any size; folders named by class are scored too."""
+    import torch
+
+    from cifar_lib import predict as room
+    from cifar_lib.results import load_run
+
+    if form not in _FORMATS:
+        raise ValueError(f"--format: got {form!r}; allowed are {', '.join(_FORMATS)}")
+    finished = load_run(run)
+    names = finished.summary["class_names"]
+    readable, pictures, failed = [], [], False
+    for file, label in room.find_images(images, names):
+        try:
+            pictures.append(room.read_image(file))
+            readable.append((file, label))
+        except ValueError as error:
+            typer.echo(f"error: {error}", err=True)
+            failed = True
+    if pictures:
+        probabilities = room.predict_probabilities(finished, torch.stack(pictures))
+        frame = room.predictions_frame(readable, probabilities, names, top)
+        typer.echo(_FORMATS[form](frame).rstrip())
+        scored = room.score(readable, probabilities, names)
+        if scored and form == "table":
+            totals, table = scored
+            top1, top5 = (f"{100 * totals[key]:.2f} %" for key in ("top1", "top5"))
+            typer.echo(f"\n{totals['n']:.0f} labelled: top-1 {top1}, top-5 {top5}")
+            typer.echo(table.round(4).to_string(index=False))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def data(
     dataset: Annotated[str, typer.Option(help="auto, cifar10 or digits.")] = "auto",
     data_dir: Annotated[str | None, typer.Option(help="Folder that holds CIFAR-10.")] = None,
@@ -112,6 +155,11 @@ def report(
         raise typer.Exit(1)
 
 
+_FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "table": lambda frame: frame.fillna("").to_string(index=False),
+    "csv": lambda frame: frame.to_csv(index=False),
+    "json": lambda frame: frame.to_json(orient="records", indent=2, force_ascii=False),
+}
 # Typer carries a click of its own and exports only this subclass of its UsageError.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 _REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on")

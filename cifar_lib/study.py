@@ -40,7 +40,7 @@ def study(
         f"preset {preset}: {len(experiments)} experiments, about {_time(60 * left)} on two cores "
         "if none is up to date"
     )
-    pace, spent, expected = 1.0, 0.0, 0.0
+    spent, expected = 0.0, 0.0
     failed = []
     for i, experiment in enumerate(experiments, 1):
         head = f"[{i}/{len(experiments)}] {experiment.label}"
@@ -51,8 +51,9 @@ def study(
             continue
         # From here on nobody asks the network again: the data was found or is known missing.
         os.environ["CIFAR10_DOWNLOAD"] = "0"
-        minutes = (experiment.minutes + left) * pace
-        say(f"{head}: running, at most {_time(60 * minutes)} left for all")
+        # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
+        minutes = (experiment.minutes + left) * (spent + 5) / (expected + 5)
+        say(f"{head}: running, about {_time(60 * minutes)} left for all")
         began = time.perf_counter()
         if force:
             shutil.rmtree(ROOT / RUNS / experiment.name, ignore_errors=True)
@@ -64,7 +65,6 @@ def study(
         else:
             seconds = time.perf_counter() - began
             spent, expected = spent + seconds / 60, expected + experiment.minutes
-            pace = spent / expected
             where = experiment.destination.relative_to(ROOT)
             say(f"{head}: done in {_time(seconds)}, {where}/executed.ipynb")
     for experiment in failed:

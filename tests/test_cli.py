@@ -1,13 +1,10 @@
 """The command line: every command explains itself; a mistake is one line and exit status 2."""
 
-import sys
-
 import pytest
 
-from cifar_lib import __main__ as cli
 from cifar_lib import study_runs
 
-COMMANDS = ["study", "train", "evaluate", "data", "report"]
+COMMANDS = ["study", "train", "evaluate", "predict", "data", "report"]
 PARAMS = """\
 question: What?
 dataset: digits
@@ -17,20 +14,6 @@ epochs: 1
 batch_size: 50
 precision: fp32
 """
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Calls the command line as a shell would: status, standard output, standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cifar_lib", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return run
 
 
 def test_help_names_every_command(call):
@@ -61,6 +44,8 @@ def test_each_command_explains_itself(call, command):
         (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=EMPTY"], "EMPTY"),
         (["data", "--dataset", "cifar100"], "dataset: got 'cifar100'"),
         (["evaluate", "EMPTY"], "not a finished run"),
+        (["predict", "EMPTY", "PARAMS"], "not a finished run"),
+        (["predict", "EMPTY", "PARAMS", "--format", "xml"], "--format: got 'xml'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(call, tmp_path, words, said):

@@ -1,0 +1,157 @@
+"""A run's model on pictures from outside: any size and mode, labelled or not."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from cifar_lib.evaluate import per_class, predict_logits, top_k_accuracy
+from cifar_lib.execution import choose_execution
+from cifar_lib.models import build_model
+from cifar_lib.results import WEIGHTS, Run, load_state
+
+SIZE = 32
+MAX_PIXELS = 50_000_000
+"""A larger picture is refused before it is decoded: a small file can unpack to gigabytes."""
+
+
+def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple[Path, str | None]]:
+    """Lists files, and the files in folders, each with its class where its folder names one.
+
+    Args:
+        paths: files or folders; a folder is searched all the way down, hidden files left out.
+        class_names: of the model; a file directly in a folder of such a name is labelled.
+
+    Returns:
+        Paths in name order within a folder, with the class or None.
+
+    Raises:
+        ValueError: a path does not exist, or there is no file at all.
+    """
+    found: list[tuple[Path, str | None]] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in inside:
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not hidden:
+                label = file.parent.name if path.is_dir() else ""
+                found.append((file, label if label in class_names else None))
+    if not found:
+        raise ValueError(f"no file in {', '.join(map(str, paths))}")
+    return found
+
+
+def read_image(path: Path) -> Tensor:
+    """Reads a picture as the networks see one.
+
+    Turned as its EXIF record says; transparency laid on white; any mode made RGB; the largest
+    centred square resized to 32×32 with antialiasing.
+
+    Returns:
+        uint8 (3, 32, 32).
+
+    Raises:
+        ValueError: not a picture, cut short, or more than MAX_PIXELS; one line with the path.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
+                upright = ImageOps.exif_transpose(image)
+                square = ImageOps.fit(_to_rgb(upright), (SIZE, SIZE), Image.Resampling.BICUBIC)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that can be read") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'broken picture'}") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it, not scale it
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def predict_probabilities(run: Run, images: Tensor) -> Tensor:
+    """Class probabilities of pictures by a run's weights, with the run's test-time augmentation.
+
+    Args:
+        run: a finished run.
+        images: uint8 (N, 3, 32, 32), 0..255.
+
+    Returns:
+        float32 (N, K), rows that sum to one.
+
+    Raises:
+        ValueError: the weights do not fit the run's model.
+    """
+    execution = choose_execution(run.config)
+    model = build_model(run.config, len(run.summary["class_names"]))
+    load_state(model, run.weights, run.path / WEIGHTS)
+    statistics = run.summary["normalization"]
+    logits = predict_logits(
+        model.to(execution.device),
+        images,
+        mean=torch.tensor(statistics["mean"]),
+        std=torch.tensor(statistics["std"]),
+        dtype=execution.autocast_dtype,
+        channels_last=run.config.channels_last,
+        tta=run.config.tta,
+    )
+    return logits.softmax(1)
+
+
+def predictions_frame(
+    files: Sequence[tuple[Path, str | None]],
+    probabilities: Tensor,
+    class_names: Sequence[str],
+    top: int = 5,
+) -> pd.DataFrame:
+    """One row a picture: path, label, and the `top` classes with their probabilities (0..1)."""
+    values, order = probabilities.topk(min(top, len(class_names)), dim=1)
+    rows = []
+    for (path, label), row_values, row_order in zip(files, values, order, strict=True):
+        row: dict[str, object] = {"path": str(path), "label": label}
+        for rank, (value, k) in enumerate(zip(row_values, row_order, strict=True), 1):
+            row[f"class_{rank}"] = class_names[int(k)]
+            row[f"probability_{rank}"] = round(float(value), 4)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def score(
+    files: Sequence[tuple[Path, str | None]], probabilities: Tensor, class_names: Sequence[str]
+) -> tuple[dict[str, float], pd.DataFrame] | None:
+    """Accuracy on the labelled pictures.
+
+    Returns:
+        n, top1 and top5 (0..1), and the table of `evaluate.per_class` over the classes that
+        occur; None where no picture has a label.
+    """
+    labelled = [i for i, (_, label) in enumerate(files) if label is not None]
+    if not labelled:
+        return None
+    labels = torch.tensor([class_names.index(str(files[i][1])) for i in labelled])
+    logits = probabilities[labelled].log()
+    table = per_class(logits, labels, class_names)
+    totals = {
+        "n": len(labelled),
+        "top1": top_k_accuracy(logits, labels, 1),
+        "top5": top_k_accuracy(logits, labels, min(5, len(class_names))),
+    }
+    return totals, table[table["n"] > 0]
