@@ -117,6 +117,19 @@ def _interval(values: list[float | None]) -> dict[str, Any] | None:
     return asdict(mean_interval(numbers)) if numbers else None
 
 
+def interval_frame(summary: dict[str, Any]) -> pd.DataFrame:
+    """What a report reached: rows by measure; n, mean and 95 % interval over seeds, percent."""
+    rows = {}
+    for name in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
+        if interval := summary[name]:
+            percent = {k: interval[k] and 100 * interval[k] for k in ("mean", "low", "high")}
+            rows[name] = {"n": interval["n"], **percent}
+    if summary["reported"]:
+        name = f"reported by {summary['reported']['by']} on {summary['reported']['on']}"
+        rows[name] = {"n": None, "mean": 100 * summary["reported"]["accuracy"]}
+    return pd.DataFrame.from_dict(rows, orient="index").round(2)
+
+
 def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
     """Reads every `summary.json` below a folder, in path order.
 

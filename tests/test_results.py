@@ -98,3 +98,13 @@ def test_a_stand_in_is_called_one():
     digits_info = dataclasses.replace(INFO, name="digits", source="embedded", lossy=False)
     assert "say nothing about CIFAR-10" in reports.caption_of(digits_info)
     assert reports.caption_of(INFO).startswith("Data: CIFAR-10, JPEG copy (parquet); 45,000 train")
+
+
+def test_the_interval_table_says_n_mean_interval_and_what_was_reported(run):
+    report = Report("", "01_baseline", "smoke", "smoke", "What?")
+    reported = {"accuracy": 0.8, "by": "study A", "on": "original"}
+    frame = reports.interval_frame(report.finish(run.config, [run, run], reported=reported))
+    accuracy = round(100 * run.summary["result"]["test_accuracy"], 2)
+    assert list(frame.loc["test_accuracy"]) == [2, accuracy, accuracy, accuracy]
+    assert frame.loc["reported by study A on original", "mean"] == 80.0
+    assert "test_accuracy_tta" not in frame.index
