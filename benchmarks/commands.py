@@ -1,8 +1,8 @@
 """Times the two commands of the README as a user runs them, after installation.
 
-The quick study on the embedded digits, the quick study on CIFAR-10 where it is found, and the tests:
-wall time and the peak memory of the largest process. Everything is run again, forced; the reports in
-`reports/quick/` are replaced. Takes about a quarter of an hour.
+The quick study on the embedded digits, the quick study on CIFAR-10 where it is found, and the
+tests: wall time, once each, and the peak memory of the largest process. Everything is run again,
+forced; the reports in `reports/quick/` are replaced. Takes about a quarter of an hour.
 
     python benchmarks/commands.py [--out FILE.json]
 """
