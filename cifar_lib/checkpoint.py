@@ -61,6 +61,14 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
+def set_aside(run_dir: Path) -> Path:
+    """Moves the newest training state of a run out of the way, as `other.pt`; returns its path."""
+    newest = next(run_dir / name for name in (LAST, PREVIOUS) if (run_dir / name).exists())
+    os.replace(newest, run_dir / "other.pt")
+    remove_checkpoints(run_dir)
+    return run_dir / "other.pt"
+
+
 def remove_checkpoints(run_dir: Path) -> None:
     """Removes the training state of a run, for instance to start it again."""
     for name in (LAST, PREVIOUS, "pending.pt"):

@@ -160,6 +160,10 @@ class TrainConfig(BaseModel):
             raise ValueError(f"milestones {self.milestones} must be rising epochs from 1 on")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov true needs momentum above 0, got momentum 0")
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError("schedule 'multistep' needs milestones, got []")
+        if self.schedule == "one_cycle" and self.warmup_epochs == 0:
+            raise ValueError("schedule 'one_cycle' needs warmup_epochs above 0, got 0")
         if self.early_stopping and self.val_fraction == 0:
             raise ValueError(
                 f"early_stopping {self.early_stopping} needs val_fraction above 0, got 0"
@@ -232,9 +236,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
-    except (ValueError, yaml.YAMLError, OSError) as error:
+    except (ValueError, TypeError, yaml.YAMLError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path}: expected a mapping of names to values")
     return values

@@ -1,5 +1,7 @@
 """What the machine offers a run: device, precision, and the facts that go on record."""
 
+import functools
+import os
 import platform
 import subprocess
 import time
@@ -88,8 +90,18 @@ def choose_execution(config: TrainConfig) -> Execution:
     return Execution(torch.device(name), dtypes[precision])
 
 
+def choose_evaluation(config: TrainConfig) -> Execution:
+    """As `choose_execution`, but takes what there is where the training's choice is missing."""
+    try:
+        return choose_execution(config)
+    except ValueError:
+        return choose_execution(config.model_copy(update={"device": "auto", "precision": "auto"}))
+
+
 def prepare_device(execution: Execution, deterministic: bool) -> None:
     """Sets what PyTorch keeps a process: deterministic algorithms, or the fastest ones on CUDA."""
+    if deterministic:  # what cuBLAS asks for; read at the first CUDA call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     if execution.device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
@@ -150,14 +162,16 @@ def describe_environment() -> dict[str, str]:
     }
 
 
+@functools.cache  # of the code that this process runs, not of what is edited meanwhile
 def training_code_sha256() -> str:
     """SHA-256 over the rooms that decide what a run computes, 64 hexadecimal digits."""
     package = ROOT / "cifar_lib"
     return hash_files(path for pattern in TRAINING_ROOMS for path in package.glob(pattern))
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` when tracked files differ; None outside git."""
+    """The checkout's commit, with `-dirty` when the library differs; None outside git."""
 
     def git(*words: str) -> str:
         return subprocess.run(  # noqa: S603
@@ -169,7 +183,8 @@ def git_commit() -> str | None:
 
     try:
         commit = git("rev-parse", "HEAD")
-        return commit + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", "cifar_lib")
+        return commit + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cifar_lib.evaluate import per_class, predict_logits, top_k_accuracy
-from cifar_lib.execution import choose_execution
+from cifar_lib.execution import choose_evaluation
 from cifar_lib.models import build_model
 from cifar_lib.results import WEIGHTS, Run, load_state
 
@@ -100,7 +100,7 @@ def predict_probabilities(run: Run, images: Tensor) -> Tensor:
     Raises:
         ValueError: the weights do not fit the run's model.
     """
-    execution = choose_execution(run.config)
+    execution = choose_evaluation(run.config)
     model = build_model(run.config, len(run.summary["class_names"]))
     load_state(model, run.weights, run.path / WEIGHTS)
     statistics = run.summary["normalization"]

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Run:
     @property
     def test_logits(self) -> Tensor:
         """Logits of the test images without test-time augmentation, float32 (N, K)."""
-        return load_file(self.path / LOGITS)["test"]
+        return _load_tensors(self.path / LOGITS)["test"]
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -60,8 +61,19 @@ class Run:
 
 
 def load_weights(run_dir: Path) -> dict[str, Tensor]:
-    """Loads the state dict saved in a run's folder, on the CPU."""
-    return load_file(run_dir / WEIGHTS)
+    """Loads the state dict saved in a run's folder, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    return _load_tensors(run_dir / WEIGHTS)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, train the run again with --force ({error})") from None
 
 
 def run_folder(root: Path, experiment: str, seed: int, fingerprint: str) -> Path:

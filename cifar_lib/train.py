@@ -7,11 +7,13 @@ state has to be stored.
 
 import copy
 import logging
+import math
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from cifar_lib import checkpoint, results
@@ -22,8 +24,10 @@ from cifar_lib.execution import (
     Execution,
     OtherLoad,
     choose_execution,
+    git_commit,
     prepare_device,
 )
+from cifar_lib.models import build_model
 from cifar_lib.optim import build_schedule, set_learning_rate
 from cifar_lib.train_evaluate import Metrics, finish, validate
 from cifar_lib.train_state import TrainState
@@ -51,6 +55,18 @@ def train(
         FloatingPointError: a loss was not finite; names epoch and step. The last good
             training state stays in `run_dir`.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            return _train(config, seed, splits, run_dir, progress)
+    except Timeout:
+        raise ValueError(f"{run_dir}: another process is training this run") from None
+
+
+def _train(
+    config: TrainConfig, seed: int, splits: Splits, run_dir: Path, progress: bool
+) -> results.Run:
+    git_commit()  # kept from here on: what was checked out when the run began
     execution = choose_execution(config)
     state = TrainState.start(config, seed, splits, execution)
     state.resume(run_dir)
@@ -63,17 +79,30 @@ def train(
     while state.epoch < config.epochs and not state.stopped_early:
         metrics = train_epoch(state, execution, progress)
         metrics |= validate(state, splits.val, execution)
+        _check_finite(state, metrics)
         metrics["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         state.record(metrics, run_dir)
+        state.other_load = max(state.other_load, load.share())
         checkpoint.save_checkpoint(run_dir, state.to_dict())
         logger.info(_epoch_line(metrics, config.epochs))
 
     summary = finish(state, splits, execution, run_dir)
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)
-    summary["result"]["other_load"] = round(load.share(), 3)
+    summary["result"]["other_load"] = round(state.other_load, 3)
     results.save_summary(run_dir, summary)
     return results.load_run(run_dir)
+
+
+def check_runnable(config: TrainConfig) -> None:
+    """Refuses, before any data is read, what this machine or the named model cannot do.
+
+    Raises:
+        ValueError: names the field (model, width, depth, dropout, device, precision).
+    """
+    choose_execution(config)
+    with torch.device("meta"):  # shapes without memory
+        build_model(config, 10)
 
 
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
@@ -153,6 +182,18 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
+
+
+def _check_finite(state: TrainState, metrics: Metrics) -> None:
+    """Refuses to record an epoch whose last step, or whose validation, went astray."""
+    val_loss = metrics["val_loss"]
+    weights = torch.stack([p.detach().isfinite().all() for p in state.model.parameters()])
+    if not bool(weights.all()) or (val_loss is not None and not math.isfinite(val_loss)):
+        raise FloatingPointError(
+            f"the weights or the validation loss are not finite after epoch {metrics['epoch']}, "
+            f"step {state.steps_per_epoch}; lower learning_rate (now "
+            f"{state.config.learning_rate:g}) or use precision fp32"
+        )
 
 
 def _compile(state: TrainState, execution: Execution) -> float:

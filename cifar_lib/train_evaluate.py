@@ -14,7 +14,7 @@ from cifar_lib.data import ImageSet, Splits, load_splits
 from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
 from cifar_lib.execution import (
     Execution,
-    choose_execution,
+    choose_evaluation,
     describe_environment,
     describe_hardware,
     git_commit,
@@ -104,7 +104,7 @@ def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
             f"{run.path}: was trained on other data ({run.summary['dataset']['name']}, SHA-256 "
             f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
         )
-    execution = choose_execution(run.config)
+    execution = choose_evaluation(run.config)
     state = TrainState.start(run.config, run.seed, splits, execution)
     results.load_state(state.evaluated_model, run.weights, run.path / results.WEIGHTS)
     labels = splits.test.labels

@@ -37,6 +37,7 @@ class TrainState:
     epoch: int
     history: list[dict[str, Any]]
     best: dict[str, Any]
+    other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
 
     @classmethod
     def start(
@@ -108,6 +109,7 @@ class TrainState:
             "epoch": self.epoch,
             "history": self.history,
             "best": self.best,
+            "other_load": self.other_load,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -120,10 +122,14 @@ class TrainState:
         if saved is None:
             return
         if saved["key"] != self.key:
-            logger.info("the training state found is of other code or data: starting again")
-            checkpoint.remove_checkpoints(run_dir)
+            aside = checkpoint.set_aside(run_dir)
+            logger.warning(
+                "this training state is of other code or data: starting again; it is kept: %s",
+                aside,
+            )
             return
         self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
+        self.other_load = saved["other_load"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

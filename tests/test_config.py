@@ -78,6 +78,8 @@ DEFAULTS = {
         ({"warmup_epochs": 11.0}, ["warmup_epochs 11", "epochs 10"]),
         ({"milestones": [5, 3]}, ["milestones", "[5, 3]"]),
         ({"early_stopping": 3, "val_fraction": 0}, ["early_stopping 3", "val_fraction"]),
+        ({"schedule": "multistep"}, ["multistep", "milestones", "[]"]),
+        ({"schedule": "one_cycle"}, ["one_cycle", "warmup_epochs", "0"]),
         ({"momentum": 0.0}, ["nesterov", "momentum 0"]),
     ],
 )
@@ -158,6 +160,8 @@ def test_no_mapping_ends_in_anything_but_a_configuration_or_one_line(values):
         ("a: [1\n", "expected"),
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
         ("", "expected a mapping"),
+        ("1: 2\n", "expected a mapping of names"),
+        ("? [a]\n: 1\n", "unhashable"),
     ],
 )
 def test_bad_yaml_is_one_line_with_the_file(tmp_path, text, said):

@@ -25,7 +25,7 @@ SCHEDULES = [
     name=st.sampled_from(SCHEDULES),
     epochs=st.integers(1, 30),
     steps=st.integers(1, 40),
-    warmup=st.floats(0, 1),
+    warmup=st.floats(0.01, 1),
     floor=st.floats(0, 1),
 )
 def test_every_factor_lies_in_0_to_1(name, epochs, steps, warmup, floor):
