@@ -94,7 +94,6 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(INSTALL) --requirement requirements.lock
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@$(PIP) check
-	@# Variables that act only before an interpreter starts go into the kernel specification here.
 	@touch $@
 
 # To take newer versions: .venv/bin/pip install --upgrade NAME, make lock, make test.

@@ -13,7 +13,6 @@ import yaml
 app = typer.Typer(
     name="cifar_lib",
     help="CIFAR-10 training, measured: run the study, or one training, evaluation or prediction.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -61,7 +60,10 @@ def train(
         name, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
-        values[name] = yaml.safe_load(text)
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"-p {assignment!r}: the value is not YAML") from None
     config: TrainConfig = parse_config(values)
     for run in runs(config, seeds or [0], experiment=params.stem, force=force):
         _print_result(run.summary["result"], _shown(run.path))
@@ -183,6 +185,8 @@ def _shown(path: Path) -> str:
 
 def main() -> None:
     """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
         status = app(standalone_mode=False)
     except _USAGE_ERROR as error:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ PERCENT = PercentFormatter(1, decimals=0, symbol=" %")
 
 
 class Chart(Figure):
-    """A figure that a notebook shows as a picture although pyplot was never imported."""
+    """A figure that a notebook shows as a picture without pyplot knowing of it."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -170,19 +171,22 @@ def confusion_heatmap(
     counts = np.asarray(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, (ax,) = new_figure(6.2)
-    # The square root spreads the small shares, where the mistakes are.
-    image = ax.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
-    for i, j in np.ndindex(*counts.shape):
-        color = "white" if shares[i, j] > 0.4 else "black" if counts[i, j] else "#aaaaaa"
-        ax.text(j, i, f"{counts[i, j]}", ha="center", va="center", color=color, fontsize=9)
-    ticks = range(len(class_names))
-    ax.set_xticks(ticks, class_names, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ticks, class_names)
+    seaborn.heatmap(
+        shares,
+        norm=PowerNorm(0.5, 0, 1),  # the square root spreads the small shares: the mistakes
+        cmap="Blues",
+        annot=counts,
+        fmt="d",
+        annot_kws={"fontsize": 9},
+        cbar_kws={"format": PERCENT, "shrink": 0.8, "label": "share of the true class"},
+        xticklabels=list(class_names),
+        yticklabels=list(class_names),
+        ax=ax,
+    )
+    ax.set_xticks(ax.get_xticks(), class_names, rotation=40, ha="right", rotation_mode="anchor")
+    ax.collections[0].colorbar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.grid(visible=False)
-    bar = figure.colorbar(image, ax=ax, format=PERCENT, shrink=0.8)
-    bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.set_label("share of the true class")
     return caption(figure, caption_text)
 
 

@@ -140,7 +140,8 @@ def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
         ValueError: a summary is not JSON or lacks a key; names the file.
     """
     root, summaries = ROOT / reports_dir, []
-    for path in sorted(root.glob("**/summary.json")):
+    paths = [p for p in root.glob("**/summary.json") if "/." not in p.relative_to(root).as_posix()]
+    for path in sorted(paths):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             row_of(summary)
@@ -182,6 +183,8 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
 
 def comparison_frame(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     """All experiments that trained something, a row each, the columns of `row_of`."""
+    if not any(summary["runs"] for summary in summaries):
+        raise ValueError("no report here has trained anything; run the stages first: make study")
     frame = pd.DataFrame([row_of(summary) for summary in summaries if summary["runs"]])
     numbers = [name for name in frame if name in _NUMBERS]  # None, where all are, is NaN here
     return frame.astype(dict.fromkeys(numbers, float))

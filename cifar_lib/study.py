@@ -1,7 +1,6 @@
 """The study: a preset's experiments one after the other, with what is up to date left alone."""
 
 import os
-import shutil
 import sys
 import time
 from typing import TextIO
@@ -9,9 +8,16 @@ from typing import TextIO
 from papermill.exceptions import PapermillExecutionError
 
 from cifar_lib.config import ROOT
-from cifar_lib.study_execute import execute, input_key, is_up_to_date, log_path, scratch_folder
+from cifar_lib.study_execute import (
+    execute,
+    forget_runs,
+    input_key,
+    is_up_to_date,
+    log_path,
+    scratch_folder,
+)
 from cifar_lib.study_experiments import Experiment, load_preset
-from cifar_lib.study_runs import RUNS, runs
+from cifar_lib.study_runs import runs
 
 __all__ = ["runs", "study"]
 
@@ -56,10 +62,10 @@ def study(
         say(f"{head}: running, about {_time(60 * minutes)} left for all")
         began = time.perf_counter()
         if force:
-            shutil.rmtree(ROOT / RUNS / experiment.name, ignore_errors=True)
+            forget_runs(experiment)
         try:
             execute(experiment, key, console)
-        except (PapermillExecutionError, RuntimeError, OSError) as error:
+        except Exception as error:  # whatever it was, the others still run
             failed.append(experiment)
             say(f"{head}: FAILED: {_last_line(error)}")
         else:

@@ -15,15 +15,16 @@ from traitlets.config import Config
 from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
 from cifar_lib.files import hash_files
+from cifar_lib.results import run_folder
 from cifar_lib.study_experiments import Experiment
-from cifar_lib.study_runs import RUNS
+from cifar_lib.study_runs import RUNS, forget
 
 
 def input_key(experiment: Experiment) -> str:
     """Hash of everything a report depends on; an equal key means up to date.
 
     Parameters, seeds and data always count, and for a notebook that only reads reports
-    (`reports_dir`) those reports do. Under `quick` the library and the notebook count too.
+    (`reports_dir`) those reports do. Under `quick` the library and the notebook's code count too.
     """
     config = experiment.config
     parts: list[Any] = [experiment.parameters, experiment.seeds]
@@ -39,7 +40,8 @@ def input_key(experiment: Experiment) -> str:
         parts.append(train_set.info.sha256)
     if experiment.preset == "quick":
         parts.append(hash_files((ROOT / "cifar_lib").glob("**/*.py")))
-        parts.append(hash_files([experiment.source]))
+        notebook = nbformat.read(experiment.source, as_version=4)
+        parts.append([cell.source for cell in notebook.cells if cell.cell_type == "code"])
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -70,8 +72,8 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
     scratch.mkdir(parents=True)
     with open(log_path(experiment), "w", encoding="utf-8") as log:
         papermill.execute_notebook(
-            str(experiment.source.relative_to(ROOT)),
-            str((scratch / "executed.ipynb").relative_to(ROOT)),
+            _papermill_path(experiment.source),
+            _papermill_path(scratch / "executed.ipynb"),
             experiment.parameters
             | {
                 "experiment": experiment.name,
@@ -89,6 +91,15 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
         )
     _complete(scratch, key)
     _move_into_place(scratch, experiment.destination)
+
+
+def forget_runs(experiment: Experiment) -> None:
+    """Marks the runs of an experiment, and no others, to be trained again."""
+    config = experiment.config
+    train_set, _ = load_dataset(config.dataset, config.data_dir)
+    for seed in experiment.seeds:
+        fingerprint = config.fingerprint(train_set.info.sha256)
+        forget(run_folder(ROOT / RUNS, experiment.name, seed, fingerprint))
 
 
 def scratch_folder(experiment: Experiment) -> Path:
@@ -120,6 +131,11 @@ class _Tee:
         self.log.flush()
 
 
+def _papermill_path(path: Path) -> str:
+    # papermill fills braces in a path with parameters
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _complete(scratch: Path, key: str) -> None:
     """Adds the key to the summary; takes times and run-specific metadata out of the notebook."""
     path = scratch / "summary.json"
@@ -139,10 +155,13 @@ def _complete(scratch: Path, key: str) -> None:
 
 
 def _move_into_place(scratch: Path, destination: Path) -> None:
+    """Puts a report where the old one was; the old one is gone only when the new one is there."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    old = destination.with_name(f".{destination.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    new, old = (destination.with_name(f".{destination.name}.{name}") for name in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.move(scratch, new)  # beside the destination, even from another disk
     if destination.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(destination, old)
-    os.replace(scratch, destination)
+    os.replace(new, destination)
     shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 import papermill
 
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.train import check_runnable
 
 # What the runner itself tells a notebook, beside the parameters of the file.
 RUNNER_PARAMETERS = ("experiment", "preset", "report_dir", "seeds")
@@ -75,7 +76,9 @@ def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> lis
         ValueError: an unknown preset, a missing file, an unknown, missing or duplicate
             parameter, or a value that TrainConfig refuses; names the file and the parameter.
     """
-    presets = read_yaml(ROOT / "params/study.yaml")["presets"]
+    presets = read_yaml(ROOT / "params/study.yaml").get("presets")
+    if not isinstance(presets, dict) or not all(isinstance(e, list) for e in presets.values()):
+        raise ValueError("params/study.yaml: expected `presets:` with a list under each name")
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}; params/study.yaml has: {', '.join(presets)}")
     experiments = [_read_experiment(preset, entry) for entry in presets[preset]]
@@ -98,6 +101,12 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
             f"params/study.yaml, preset {preset!r}: got {entry!r}; an experiment has "
             f"notebook, params and optionally seeds, minutes_per_seed"
         )
+    seeds, minutes = entry.get("seeds", [0]), entry.get("minutes_per_seed", 1.0)
+    whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{entry['params']}: seeds: got {seeds!r}; allowed are different ints ≥ 0")
+    if not isinstance(minutes, int | float) or minutes <= 0:
+        raise ValueError(f"{entry['params']}: minutes_per_seed: got {minutes!r}; allowed is > 0")
     path = ROOT / "params" / entry["params"]
     parameters = read_yaml(path)
     experiment = Experiment(
@@ -105,8 +114,8 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
         entry["notebook"],
         path.stem,
         parameters,
-        entry.get("seeds", [0]),
-        entry.get("minutes_per_seed", 1.0),
+        seeds,
+        minutes,
     )
     if not experiment.source.is_file():
         raise ValueError(f"params/study.yaml: no notebook {experiment.source.relative_to(ROOT)}")
@@ -140,7 +149,9 @@ def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Pa
             f"{notebook.name} has a smoke setting there"
         )
     try:
-        config_of(parameters)
+        config = config_of(parameters)
+        if "model" in parameters:
+            check_runnable(config)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cifar_lib import results
+from cifar_lib.checkpoint import remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.execution import training_code_sha256
-from cifar_lib.train import train
+from cifar_lib.train import check_runnable, train
 
 RUNS = "runs"
+FRESH = ("quick", "smoke")
+"""Presets that always show today's code: seconds or minutes, so a run of other code is repeated."""
 
 
 def runs(
@@ -32,8 +35,8 @@ def runs(
         config: the recipe.
         seeds: one run each.
         experiment: the folder's name below `runs/`.
-        preset: under `quick` a run of other training code is repeated; under any other preset
-            a finished run stays, and its summary tells what code it is of.
+        preset: under `quick` and `smoke` a run of other training code is repeated; under any
+            other preset a finished run stays, and its summary tells what code it is of.
         splits: the data, if it is loaded already.
         progress: whether to show a bar; None shows it in a terminal and in JupyterLab.
         force: train even where a finished run exists.
@@ -41,6 +44,7 @@ def runs(
     Returns:
         The runs in the order of `seeds`.
     """
+    check_runnable(config)
     splits = splits or load_splits(config)
     finished = []
     for seed in seeds:
@@ -48,14 +52,21 @@ def runs(
             ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
         )
         run = results.load_run(folder) if results.is_finished(folder) else None
-        if run and run.summary["code_sha256"] != training_code_sha256() and preset == "quick":
+        if run and run.summary["code_sha256"] != training_code_sha256() and preset in FRESH:
             run = None
         if run is None or force:
-            (folder / results.SUMMARY).unlink(missing_ok=True)
+            forget(folder, keep_state=not force)
             with _logged(folder):
                 run = train(config, seed, splits, folder, progress=_wants_bar(progress))
         finished.append(run)
     return finished
+
+
+def forget(folder: Path, *, keep_state: bool = False) -> None:
+    """Marks one run as not finished; without its training state it starts again."""
+    (folder / results.SUMMARY).unlink(missing_ok=True)
+    if not keep_state:
+        remove_checkpoints(folder)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ precision: fp32
 
 def test_help_names_every_command(call):
     status, out, _ = call("--help")
-    assert status == 0
+    assert status == 0 and call() == (0, out, "")
     for command in COMMANDS:
         assert f"\n  {command} " in out
 
@@ -38,6 +38,7 @@ def test_each_command_explains_itself(call, command):
         (["nothing"], "nothing"),
         (["train", "none.yaml"], "none.yaml: No such file"),
         (["train", "PARAMS", "-p", "epochs"], "-p 'epochs': expected NAME=VALUE"),
+        (["train", "PARAMS", "-p", "milestones=[1"], "the value is not YAML"),
         (["train", "PARAMS", "-p", "epochs=many"], "epochs: got 'many'"),
         (["train", "PARAMS", "-p", "lr=1"], "unknown field 'lr'"),
         (["train", "PARAMS", "-p", "model=big"], "model: got 'big'"),
@@ -48,7 +49,8 @@ def test_each_command_explains_itself(call, command):
         (["predict", "EMPTY", "PARAMS", "--format", "xml"], "--format: got 'xml'"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(call, tmp_path, words, said):
+def test_a_mistake_is_one_line_and_status_2(call, tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
     params, empty = tmp_path / "params.yaml", tmp_path / "empty"
     params.write_text(PARAMS)
     empty.mkdir()
@@ -58,6 +60,7 @@ def test_a_mistake_is_one_line_and_status_2(call, tmp_path, words, said):
         said = said.replace(name, place)
     status, _, err = call(*words)
     assert status == 2
+    assert not (tmp_path / "runs").exists()
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
 
 

@@ -112,7 +112,7 @@ def is_compared(cell: dict[str, Any]) -> bool:
         for output in cell["outputs"]
     ]
     # a figure's only text is its size, which says nothing about what it shows
-    return cell["execution_count"] is not None and any(t and "<Figure" not in t for t in texts)
+    return cell["execution_count"] is not None and any(t and "<Chart" not in t for t in texts)
 
 
 @each_notebook

@@ -159,7 +159,7 @@ def test_confusion_heatmap_writes_counts_and_shades_shares() -> None:
     ax = plots.confusion_heatmap(matrix, NAMES).axes[0]
     assert [t.get_text() for t in ax.texts] == [str(n) for n in matrix.ravel()]
     shares = [[0.8, 0.2, 0], [0.25, 0, 0.75], [0, 0, 0]]
-    np.testing.assert_allclose(ax.images[0].get_array(), shares)
+    np.testing.assert_allclose(ax.collections[0].get_array(), shares)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
     assert [label.get_text() for label in ax.get_yticklabels()] == list(NAMES)
 

@@ -2,13 +2,14 @@
 
 import io
 import json
-import shutil
 
 import nbformat
 import pytest
 
-from cifar_lib import reports, study, study_execute, study_experiments, study_runs
+from cifar_lib import reports, study, study_execute, study_experiments, study_runs, train_state
+from cifar_lib import train as train_module
 from cifar_lib.config import ROOT
+from cifar_lib.data import load_dataset
 from cifar_lib.study_experiments import load_preset
 
 PARAMETERS = """\
@@ -39,6 +40,10 @@ presets:
     - {notebook: toy, param: toy/one.yaml}
   lost:
     - {notebook: none, params: toy/one.yaml}
+  twins:
+    - {notebook: toy, params: toy/one.yaml, seeds: [0, 0]}
+  idle:
+    - {notebook: toy, params: toy/one.yaml, minutes_per_seed: soon}
 """
 ONE = "question: One?\ndataset: digits\nepochs: 1\n"
 
@@ -48,7 +53,6 @@ def checkout(tmp_path, monkeypatch):
     """A checkout with one toy notebook, two experiments and the real library."""
     for module in (study, study_execute, study_experiments, study_runs, reports):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "params/toy").mkdir(parents=True)
@@ -76,6 +80,8 @@ def checkout(tmp_path, monkeypatch):
         ("twice", "*", ONE, "names an experiment twice"),
         ("typo", "*", ONE, "'param'"),
         ("lost", "*", ONE, "no notebook notebooks/none.ipynb"),
+        ("twins", "*", ONE, "seeds: got \\[0, 0\\]"),
+        ("idle", "*", ONE, "minutes_per_seed: got 'soon'"),
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(checkout, preset, only, text, said):
@@ -177,29 +183,43 @@ def test_finished_runs_are_returned_and_only_quick_follows_the_code(
     tmp_path, digits, tiny, monkeypatch
 ):
     monkeypatch.setattr(study_runs, "ROOT", tmp_path)
-    trained, real = [], study_runs.train
+    epochs, real = [], train_module.train_epoch
 
-    def counted(config, seed, *rest, **options):
-        trained.append(seed)
-        return real(config, seed, *rest, **options)
+    def counted(state, *rest):
+        epochs.append((state.seed, state.epoch))
+        return real(state, *rest)
 
-    monkeypatch.setattr(study_runs, "train", counted)
+    monkeypatch.setattr(train_module, "train_epoch", counted)
 
     def runs(preset, **options):
-        config = tiny(epochs=1)
-        return study.runs(
-            config, [0, 1], experiment="e", preset=preset, splits=digits, progress=False, **options
+        epochs.clear()
+        finished = study.runs(
+            tiny(epochs=2), [0, 1], experiment="e", preset=preset, splits=digits, **options
         )
+        return [run.summary for run in finished], list(epochs)
 
-    first = runs("full")
-    assert [run.seed for run in first] == [0, 1] == trained
-    again = runs("full")
-    assert trained == [0, 1] and again[0].summary == first[0].summary
+    every = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    first, trained = runs("full")
+    assert [summary["seed"] for summary in first] == [0, 1] and trained == every
+    assert runs("full") == (first, [])
     monkeypatch.setattr(study_runs, "training_code_sha256", lambda: "other")
-    runs("full")
-    assert trained == [0, 1]
-    runs("quick")
-    assert trained == [0, 1, 0, 1]
-    runs("full", force=True)
-    assert trained == [0, 1, 0, 1, 0, 1]
-    shutil.rmtree(tmp_path)
+    monkeypatch.setattr(train_state, "training_code_sha256", lambda: "other")
+    assert runs("full") == (first, [])
+    assert runs("quick")[1] == every
+    assert runs("full", force=True)[1] == every
+
+
+def test_forcing_a_study_forgets_its_own_runs_alone(checkout):
+    (experiment,) = load_preset("quick", "toy/one")
+    sha256 = load_dataset("digits")[0].info.sha256
+    mine = experiment.config.fingerprint(sha256)
+    kept = ["2-" + mine, "0-ffffffffffff"]
+    for name in ["0-" + mine, *kept]:
+        folder = checkout / "runs/one" / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+        (folder / "last.pt").write_text("state")
+    study_execute.forget_runs(experiment)
+    left = sorted(path.parent.name for path in (checkout / "runs/one").glob("*/summary.json"))
+    assert left == sorted(kept)
+    assert not (checkout / "runs/one" / ("0-" + mine) / "last.pt").exists()
