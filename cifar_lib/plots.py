@@ -178,13 +178,17 @@ def confusion_heatmap(
         annot=counts,
         fmt="d",
         annot_kws={"fontsize": 9},
-        cbar_kws={"format": PERCENT, "shrink": 0.8, "label": "share of the true class"},
+        cbar_kws={
+            "format": PERCENT,
+            "shrink": 0.8,
+            "label": "share of the true class",
+            "ticks": [0, 0.01, 0.05, 0.2, 0.5, 1],
+        },
         xticklabels=list(class_names),
         yticklabels=list(class_names),
         ax=ax,
     )
     ax.set_xticks(ax.get_xticks(), class_names, rotation=40, ha="right", rotation_mode="anchor")
-    ax.collections[0].colorbar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1])
     ax.set(xlabel="predicted class", ylabel="true class")
     ax.grid(visible=False)
     return caption(figure, caption_text)

@@ -52,10 +52,9 @@ def runs(
             ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
         )
         run = results.load_run(folder) if results.is_finished(folder) else None
-        if run and run.summary["code_sha256"] != training_code_sha256() and preset in FRESH:
-            run = None
-        if run is None or force:
-            forget(folder, keep_state=not force)
+        stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
+        if run is None or stale or force:
+            forget(folder, keep_state=run is None and not force)
             with _logged(folder):
                 run = train(config, seed, splits, folder, progress=_wants_bar(progress))
         finished.append(run)
