@@ -95,7 +95,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         "Test accuracy: mean over n seeds with the 95 % Student interval; the test set is read "
         "once, after training, with the weights that validation chose. TTA: test-time "
         "augmentation. Reported: what the source study states, on the data it states.",
-        *sorted(notes),
+        *(line for note in sorted(notes) for line in ("", note)),
     ]
     return "\n".join(lines)
 
