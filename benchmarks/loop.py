@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
     options = parser.parse_args()
-    print(f"{'images/s, median (min to max)':32}{'bare':>22}{'ours':>22}{'conventional':>22}")
+    print(f"{'images/s, median (min to max)':32}{'bare':>27}{'ours':>27}{'conventional':>27}")
     results = []
     for model in options.models:
         result = measure(model, options.steps, options.repeats)
@@ -128,7 +128,7 @@ def main() -> None:
             f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})"
             for r in result["images_per_second"].values()
         ]
-        print(f"{model:32}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+        print(f"{model:32}" + "".join(f"{cell:>27}" for cell in cells), flush=True)
         print(
             f"{'':32}loop overhead {result['loop_overhead']:.1%}, {result['speedup']:.1f} times "
             f"the conventional loop, peak memory {result['peak_memory_gib']:.1f} GiB"
