@@ -94,6 +94,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(INSTALL) --requirement requirements.lock
 	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@$(PIP) check
+	@$(BIN)/python -m cifar_lib.launch
 	@touch $@
 
 # To take newer versions: .venv/bin/pip install --upgrade NAME, make lock, make test.

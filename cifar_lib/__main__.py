@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 import yaml
+
+from cifar_lib.launch import restart_with_allocator
 
 app = typer.Typer(
     name="cifar_lib",
@@ -157,7 +158,7 @@ def report(
         raise typer.Exit(1)
 
 
-_FORMATS: dict[str, Callable[[pd.DataFrame], str]] = {
+_FORMATS: dict[str, Callable[[Any], str]] = {
     "table": lambda frame: frame.fillna("").to_string(index=False),
     "csv": lambda frame: frame.to_csv(index=False),
     "json": lambda frame: frame.to_json(orient="records", indent=2, force_ascii=False),
@@ -207,4 +208,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_allocator()
     main()

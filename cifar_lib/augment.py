@@ -31,6 +31,7 @@ __all__ = [
     "rand_augment",
     "random_affine",
     "random_erasing",
+    "resize",
 ]
 
 
@@ -58,7 +59,7 @@ def augment_batch(
         labels: int64 (N,), 0..K-1.
         indices: int64 (N,), positions in the training set, for alternating flip.
         config: its augmentation fields and `channels_last`.
-        epoch: from 0, for alternating flip.
+        epoch: from 0, for alternating flip and the resolution.
         num_classes: K.
         mean: float32 (3,), over [0, 1].
         std: float32 (3,), over [0, 1].
@@ -66,7 +67,8 @@ def augment_batch(
         dtype: of the images returned.
 
     Returns:
-        Images of `dtype` (N, 3, H, W), channels_last if `config.channels_last`; targets
+        Images of `dtype` (N, 3, H, W), of side `low_resolution` in the first
+        `low_resolution_epochs`, channels_last if `config.channels_last`; targets
         int64 (N,), or float32 (N, K) with rows that sum to one where images are mixed.
     """
     n, _, h, w = images.shape
@@ -98,6 +100,8 @@ def augment_batch(
         soft = F.one_hot(labels, num_classes).float()
         weights = draw_mix_weights(n, h, w, config.mixup, config.cutmix, generator)
         batch, targets = mix(batch, soft, weights, generator)
+    if config.low_resolution and epoch < config.low_resolution_epochs:
+        batch = resize(batch, config.low_resolution)
     return _convert(batch, dtype, config.channels_last), targets
 
 
@@ -119,6 +123,19 @@ def normalize(
     scale = (1 / (255 * std)).view(1, -1, 1, 1)
     offset = (-mean / std).view(1, -1, 1, 1)
     return _convert(images.float().mul_(scale).add_(offset), dtype, channels_last)
+
+
+def resize(batch: Tensor, side: int) -> Tensor:
+    """Resizes images to a square, bilinear, with antialiasing where they shrink.
+
+    Args:
+        batch: float32 (N, 3, H, W), on any device.
+        side: of the result, pixels, at least 1.
+
+    Returns:
+        float32 (N, 3, side, side).
+    """
+    return F.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
 
 
 def _convert(batch: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -90,8 +90,8 @@ class TrainConfig(BaseModel):
     micro_batch_size: int | None = Field(
         None, ge=1, description="images a forward pass (gradients add up); null is batch_size"
     )
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
-        "sgd", description="optimiser of torch.optim"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = Field(
+        "sgd", description="optimiser; muon: the filters by Muon, all else by sgd"
     )
     learning_rate: Float = Field(0.1, gt=0, le=100, description="peak learning rate")
     momentum: Float = Field(0.9, ge=0, lt=1, description="momentum of sgd and rmsprop")
@@ -121,6 +121,16 @@ class TrainConfig(BaseModel):
     )
     final_factor: Float = Field(
         0.0, ge=0, le=1, description="where cosine and linear end, as a share of learning_rate"
+    )
+    low_resolution: int = Field(
+        0, ge=0, le=32, description="side of the images in the first epochs, pixels; 0 is full"
+    )
+    low_resolution_epochs: int = Field(0, ge=0, description="epochs at low_resolution")
+    keep_hardest: Float = Field(
+        1.0, gt=0, le=1, description="share of the images an epoch keeps, by their last loss"
+    )
+    keep_hardest_from: int = Field(
+        1, ge=1, description="full epochs before the first that keeps only the hardest"
     )
     ema_decay: Float = Field(
         0.0, ge=0, lt=1, description="decay a step of the averaged weights; 0 is off"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cifar_lib.config import TrainConfig
+from cifar_lib.optim_muon import Muon
 
 ONE_CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's div_factor
 ONE_CYCLE_END = 1 / 25e4  # … and its final_div_factor on top
@@ -26,6 +27,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         group without weight decay unless `decay_norm_and_bias`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "muon":
+        return Muon(
+            [p for p in parameters if p.ndim == 4],
+            [p for p in parameters if p.ndim != 4],
+            config.learning_rate,
+            config.momentum,
+            config.weight_decay,
+        )
     groups = [{"params": parameters, "weight_decay": config.weight_decay}]
     if not config.decay_norm_and_bias:
         groups = [

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cifar_lib import checkpoint, results
@@ -120,21 +121,22 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         FloatingPointError: a loss was not finite; names epoch and step.
     """
     config, seed, epoch, device = state.config, state.seed, state.epoch, execution.device
-    steps = state.steps_per_epoch
-    factor_at = build_schedule(config, steps)
+    factor_at = build_schedule(config, state.steps_per_epoch)
     generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
     torch.manual_seed(_epoch_seed(seed, epoch))  # dropout draws from the global generator
-    order = torch.randperm(len(state.data), generator=generator, device=device)
+    order = _order(state, generator)
+    size = min(config.batch_size, len(state.data))
+    steps = max(1, len(order) // size)
     losses = torch.zeros(steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    size = min(config.batch_size, len(state.data))
     micro = config.micro_batch_size or size
     state.model.train()
 
     for step in tqdm(
         range(steps), f"epoch {epoch + 1}", leave=False, unit="step", disable=not progress
     ):
-        set_learning_rate(state.optimizer, config.learning_rate * factor_at(epoch * steps + step))
+        done = (epoch + step / steps) * state.steps_per_epoch
+        set_learning_rate(state.optimizer, config.learning_rate * factor_at(round(done)))
         index = order[step * size : (step + 1) * size]
         images, targets = augment_batch(
             state.data.images.index_select(0, index),
@@ -149,12 +151,17 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
             dtype=execution.dtype,
         )
         state.optimizer.zero_grad(set_to_none=True)
-        for x, y in zip(images.split(micro), targets.split(micro), strict=True):
+        for x, y, which in zip(
+            images.split(micro), targets.split(micro), index.split(micro), strict=True
+        ):
             with execution.autocast():
                 logits = state.forward(x)
             logits = logits.float()
-            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
-            loss = loss * (len(x) / size)
+            each = F.cross_entropy(
+                logits, y, label_smoothing=config.label_smoothing, reduction="none"
+            )
+            state.last_losses[which] = each.detach()
+            loss = each.sum() / size
             state.scaler.scale(loss).backward()
             losses[step] += loss.detach()
             hard = y if y.ndim == 1 else y.argmax(1)
@@ -178,6 +185,17 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         "train_loss": float(by_step.mean()),
         "train_accuracy": int(correct) / (steps * size),
     }
+
+
+def _order(state: TrainState, generator: torch.Generator) -> Tensor:
+    """The training images of an epoch, in its order: all, or those that were hardest last."""
+    config, n = state.config, len(state.data)
+    order = torch.randperm(n, generator=generator, device=state.data.images.device)
+    if config.keep_hardest == 1 or state.epoch < config.keep_hardest_from:
+        return order
+    hardest = state.last_losses.topk(max(1, round(n * config.keep_hardest))).indices
+    kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill(0, hardest, True)
+    return order[kept[order]]
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lib import checkpoint, results
+from cifar_lib.augment import normalize
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import ImageSet, Splits
 from cifar_lib.execution import Execution, training_code_sha256
+from cifar_lib.fast import use_fast_paths
 from cifar_lib.models import build_model
+from cifar_lib.models.speed_net import SpeedNet
 from cifar_lib.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
+
+WHITENING_IMAGES = 5000
 
 
 @dataclass
@@ -37,6 +42,7 @@ class TrainState:
     epoch: int
     history: list[dict[str, Any]]
     best: dict[str, Any]
+    last_losses: Tensor  # of each training image when it was last seen
     other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
 
     @classmethod
@@ -46,14 +52,18 @@ class TrainState:
         """Makes the state before the first epoch; the seed decides the initial weights."""
         torch.manual_seed(seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        mean, std = splits.train.statistics
         model = build_model(config, len(splits.train.class_names))
+        if isinstance(model, SpeedNet):
+            some = splits.train.images[:WHITENING_IMAGES]
+            model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
+        use_fast_paths(model, execution.device, execution.dtype)
         average = None
         if config.ema_decay:
             average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
             )
-        mean, std = splits.train.statistics
         scaler = torch.amp.GradScaler(
             execution.device.type, enabled=execution.dtype == torch.float16
         )
@@ -72,6 +82,7 @@ class TrainState:
             epoch=0,
             history=[],
             best={"epoch": 0, "val_accuracy": None, "val_loss": None},
+            last_losses=torch.zeros(len(splits.train), device=execution.device),
         )
 
     @property
@@ -110,6 +121,7 @@ class TrainState:
             "history": self.history,
             "best": self.best,
             "other_load": self.other_load,
+            "last_losses": self.last_losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
@@ -130,6 +142,7 @@ class TrainState:
             return
         self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
         self.other_load = saved["other_load"]
+        self.last_losses = saved["last_losses"].to(self.last_losses.device)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.average is not None:

@@ -15,6 +15,7 @@ ROOMS = [
     "__init__",
     "config",
     "files",
+    "launch",
     "execution",
     "data",
     "augment",

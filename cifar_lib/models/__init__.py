@@ -16,10 +16,12 @@ from cifar_lib.config import TrainConfig
 from cifar_lib.models.cifar_resnet import CifarResNet
 from cifar_lib.models.resnet import ResNet18
 from cifar_lib.models.small_cnn import SmallCNN
+from cifar_lib.models.speed_net import SpeedNet
 from cifar_lib.models.vgg import vgg11, vgg16, vgg19
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": SmallCNN,
+    "speed_net": SpeedNet,
     "resnet18": ResNet18,
     "cifar_resnet": CifarResNet,
     "vgg11": vgg11,

@@ -1,0 +1,87 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: steep at 0, near 1 elsewhere
+NEWTON_SCHULZ_STEPS = 3  # as for small networks; torch.optim.Muon takes 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for convolution filters, SGD with Nesterov momentum for everything else.
+
+    `torch.optim.Muon` takes matrices alone; here a filter bank (c_out, c_in, h, w) counts as the
+    matrix (c_out, c_in·h·w). It is scaled to norm sqrt(c_out) before each step: a norm behind it
+    makes its size meaningless, and so the learning rate is a relative step. Weight decay acts
+    on what SGD moves.
+
+    Args:
+        filters: parameters of two or more dimensions that Muon moves.
+        others: parameters that SGD moves.
+        lr: learning rate of both.
+        momentum: of both, 0..1.
+        weight_decay: of the others, added to their gradient.
+
+    Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024), and its
+    use in KellerJordan/cifar10-airbench.
+    """
+
+    def __init__(
+        self,
+        filters: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        groups = [
+            {"params": list(filters), "orthogonal": True},
+            {"params": list(others), "orthogonal": False},
+        ]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Makes one step from the gradients at hand; `closure` is not used."""
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                gradient = p.grad
+                if not group["orthogonal"] and group["weight_decay"]:
+                    gradient = gradient.add(p, alpha=group["weight_decay"])
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+                update = gradient.add(buffer, alpha=momentum)
+                if group["orthogonal"]:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                    update = orthogonalize(update.flatten(1)).view(p.shape)
+                p.add_(update, alpha=-group["lr"])
+
+
+def orthogonalize(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Replaces a matrix by about the nearest with orthogonal rows (or columns, if it is tall).
+
+    Args:
+        matrix: float (R, C).
+        steps: Newton-Schulz iterations; the singular values end between about 0.5 and 1.5.
+
+    Returns:
+        float (R, C), of the matrix's dtype; computed in bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    if tall := len(x) > x.shape[1]:
+        x = x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)

@@ -1,0 +1,93 @@
+"""Every fast path equals plain PyTorch, in values and in gradients."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar_lib import fast
+from cifar_lib.config import TrainConfig
+from cifar_lib.models import build_model
+
+BF16 = torch.bfloat16
+
+
+def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tuple[Tensor, ...]:
+    """Output, input gradient and weight gradient, under autocast in bfloat16."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+        y = layer(x)
+    y.backward(torch.ones_like(y) if gradient is None else gradient.to(y.dtype))
+    assert x.grad is not None and layer.weight.grad is not None
+    return y, x.grad, layer.weight.grad
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2)])
+def test_a_convolution_of_small_maps(side: int, stride: int, kernel: int, padding: int) -> None:
+    if side + 2 * padding < kernel:
+        pytest.skip("the kernel does not fit")
+    torch.manual_seed(0)
+    plain = nn.Conv2d(16, 24, kernel, stride, padding, bias=False).to(
+        memory_format=torch.channels_last
+    )
+    quick = nn.Conv2d(16, 24, kernel, stride, padding, bias=False)
+    quick.load_state_dict(plain.state_dict())
+    fast.use_fast_paths(quick, torch.device("cpu"), BF16)
+    assert type(quick) is fast.SmallMapConv2d
+    x = torch.randn(8, 16, side, side).contiguous(memory_format=torch.channels_last)
+    y, *_ = run(plain, x, None)
+    gradient = torch.randn_like(y)
+    # In float32: oneDNN's bfloat16 weight gradient of a one-pixel map holds unset memory where
+    # the kernel meets nothing but padding (torch 2.14.1, stride 2).
+    expected = run(plain, x, gradient, torch.float32)
+    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
+        assert ours.shape == theirs.shape
+        largest = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+
+
+def test_the_weight_gradient_is_exact_in_double() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(7, 4, 3, 2, dtype=torch.double, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, weight, stride=(2, 1), padding=(1, 0))
+    gradient = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, gradient)
+    ours = fast.weight_gradient(x, gradient, (3, 2), (2, 1), (1, 0))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "cifar_resnet", "speed_net"])
+def test_a_model_keeps_its_state_and_its_function(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(TrainConfig(model=name, width=0.125), 10)
+    x = torch.randn(4, 3, 32, 32)
+    names = list(model.state_dict())
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        fast.use_fast_paths(model, torch.device("cpu"), BF16)
+        assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == names
+
+
+def test_only_a_cpu_in_bfloat16_takes_them() -> None:
+    for device, dtype in [("cpu", torch.float32), ("cuda", BF16)]:
+        model = nn.Sequential(nn.Conv2d(3, 3, 3))
+        fast.use_fast_paths(model, torch.device(device), dtype)
+        assert type(model[0]) is nn.Conv2d
+
+
+def test_large_maps_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, ...]] = []
+    plain = fast.weight_gradient
+    monkeypatch.setattr(
+        fast, "weight_gradient", lambda x, *rest: taken.append(tuple(x.shape)) or plain(x, *rest)
+    )
+    layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    fast.use_fast_paths(layer, torch.device("cpu"), BF16)
+    for side in (4, 5):
+        run(layer, torch.randn(2, 4, side, side), None)
+    assert taken == [(2, 4, 4, 4)]
