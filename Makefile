@@ -59,7 +59,7 @@ report: $(INSTALLED) ## regenerate the index and the tables from the summaries
 
 bench: $(INSTALLED) ## time what benchmarks/ compares, one script after another (leave the machine alone)
 	@mkdir -p $(BENCH_DIR)
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; \
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; \
 		$(BIN)/python "$$script" --out "$(BENCH_DIR)/$$(basename "$$script" .py).json"; done
 
 refresh: $(INSTALLED) ## execute the notebooks in place (smoke setting): their compared outputs anew

@@ -8,16 +8,15 @@ normalised float32 batches of 500 on the device. The images are noise: content c
 """
 
 import argparse
-import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from timing import seconds, write
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -25,7 +24,7 @@ from torchvision.transforms import v2
 
 from cifar_lib.augment import augment_batch
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import Execution, choose_execution, describe_environment, describe_hardware
+from cifar_lib.execution import Execution, choose_execution
 
 BATCH = 500
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -100,11 +99,9 @@ def ours(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Ite
 
 def images_per_second(epoch: Iterator[Tensor], execution: Execution) -> float:
     """Times one epoch, until the device has its last batch ready."""
-    execution.synchronize()
-    start = time.perf_counter()
-    count = sum(len(batch) for batch in epoch)
-    execution.synchronize()
-    return count / (time.perf_counter() - start)
+    counts: list[int] = []
+    taken = seconds(lambda: counts.extend(len(batch) for batch in epoch), execution)
+    return sum(counts) / taken
 
 
 def main() -> None:
@@ -140,10 +137,7 @@ def main() -> None:
         columns = f"{base:>8,.0f} {spans[0]:16}{fast:>10,.0f} {spans[1]:22}"
         print(f"{name:40}{columns}{fast / base:>6.1f}", flush=True)
         results.append({"name": name, "images_per_second": both, "ratio": fast / base})
-    if options.out:
-        facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
-        record = {**facts, "batch_size": BATCH, "images": options.images, "results": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(options.out, results, batch_size=BATCH, images=options.images)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 Bare: the same network and precision, one batch that is ready on the device, over and over.
 Ours: `train`'s epoch, with gathering, augmentation, schedule and bookkeeping. Conventional:
 torchvision's transforms of PIL images, a `DataLoader` with two workers, fp32, contiguous. All three
-take turns in one run; peak memory is that of the whole process. The images are noise.
+take turns in one run, beside the machine's own ceilings; peak memory is that of the whole process
+(on CUDA: of the device). The images are noise.
 
     python benchmarks/loop.py [--out FILE.json] [--models small_cnn resnet18] [--repeats 5]
 """
 
 import argparse
-import json
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from augment import CROP_FLIP, TENSOR, Images
+from timing import ceilings, spread, take_turns, write
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import DataInfo, ImageSet, Splits
-from cifar_lib.execution import Execution, choose_execution, describe_environment, describe_hardware
-from cifar_lib.models import build_model
+from cifar_lib.execution import Execution, choose_execution
+from cifar_lib.models import build_model, flops_per_image
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
 
 BATCH = 128
+EPOCH = 50_000  # images
 
 
 def noise(count: int) -> Splits:
@@ -55,59 +56,62 @@ def bare(state: TrainState, execution: Execution) -> None:
         state.optimizer.step()
 
 
-def conventional(loader: DataLoader[Any], state: TrainState, execution: Execution) -> None:
+def conventional(
+    loader: DataLoader[Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
     """An epoch as it is usually written."""
-    state.model.train()
+    model.train()
     for images, labels in loader:
-        images, labels = images.to(execution.device), labels.to(execution.device)
-        state.optimizer.zero_grad()
-        F.cross_entropy(state.model(images), labels).backward()
-        state.optimizer.step()
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
 
 
-def seconds(work: Callable[[], object], execution: Execution) -> float:
-    """Wall time until the device is done."""
-    execution.synchronize()
-    start = time.perf_counter()
-    work()
-    execution.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(model: str, steps: int, repeats: int) -> dict[str, Any]:
-    """Images a second of the three loops, all repeats, and what follows from the medians."""
-    splits = noise(steps * BATCH)
-    fast = TrainConfig(model=model, batch_size=BATCH, val_fraction=0.0)
-    plain = TrainConfig(model=model, batch_size=BATCH, precision="fp32", channels_last=False)
-    execution, slow = choose_execution(fast), choose_execution(plain)
-    state = TrainState.start(fast, 0, splits, execution)
-    usual = TrainState.start(plain, 0, splits, slow)
-    usual.model = build_model(plain, 10).to(slow.device)
-    loader: DataLoader[Any] = DataLoader(
-        Images(splits.train.images, transforms.Compose([*CROP_FLIP, *TENSOR])),
-        batch_size=BATCH,
+def pil_loader(splits: Splits, batch_size: int, *then: Any) -> DataLoader[Any]:
+    """The conventional loader: crop and flip of PIL images, one at a time, in two workers."""
+    return DataLoader(
+        Images(splits.train.images, transforms.Compose([*CROP_FLIP, *then, *TENSOR])),
+        batch_size=batch_size,
         shuffle=True,
         num_workers=2,
         persistent_workers=True,
     )
+
+
+def measure(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[str, Any]:
+    """Images a second of the three loops, all repeats, and what follows from the medians."""
+    splits = noise(steps * BATCH)
+    fast = TrainConfig(model=model, batch_size=BATCH, val_fraction=0.0)
+    execution = choose_execution(fast)
+    state = TrainState.start(fast, 0, splits, execution)
+    usual = build_model(fast, 10).to(execution.device)
+    optimizer = torch.optim.SGD([p for p in usual.parameters() if p.requires_grad], 0.1, 0.9)
+    loader = pil_loader(splits, BATCH)
     loops: dict[str, Callable[[], object]] = {
         "bare": lambda: bare(state, execution),
         "ours": lambda: train_epoch(state, execution),
-        "conventional": lambda: conventional(loader, usual, slow),
+        "conventional": lambda: conventional(loader, usual, optimizer, execution.device),
     }
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for repeat in range(repeats + 1):
-        for name, loop in loops.items():
-            rate = len(splits.train) / seconds(loop, slow if name == "conventional" else execution)
-            if repeat:  # the first round warms up
-                rates[name].append(rate)
+    times = take_turns(loops, execution, repeats)
+    rates = {name: [len(splits.train) / t for t in values] for name, values in times.items()}
     median = {name: statistics.median(values) for name, values in rates.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if execution.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    tflops = {name: 3 * flops_per_image(usual) * rate / 1e12 for name, rate in median.items()}
     return {
         "model": model,
         "images_per_second": rates,
+        "seconds_per_epoch": {name: EPOCH / rate for name, rate in median.items()},
+        "tflops": tflops,
+        "share_of_bf16_ceiling": {name: value / bf16_tflops for name, value in tflops.items()},
         "loop_overhead": median["bare"] / median["ours"] - 1,
         "speedup": median["ours"] / median["conventional"],
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_memory_gib": peak / 2**30,
     }
 
 
@@ -115,29 +119,27 @@ def main() -> None:
     """Measures every model, prints a table and writes what was measured."""
     parser = argparse.ArgumentParser(description="Times the training loop.")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--models", nargs="+", default=["small_cnn", "resnet18"])
+    models = ["small_cnn", "resnet18", "vgg16", "speed_net"]
+    parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
     options = parser.parse_args()
+    limits = ceilings()
+    print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in limits.items()))
     print(f"{'images/s, median (min to max)':32}{'bare':>27}{'ours':>27}{'conventional':>27}")
     results = []
     for model in options.models:
-        result = measure(model, options.steps, options.repeats)
+        result = measure(model, options.steps, options.repeats, limits["bf16_tflops"])
         results.append(result)
-        cells = [
-            f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})"
-            for r in result["images_per_second"].values()
-        ]
+        cells = [spread(r) for r in result["images_per_second"].values()]
         print(f"{model:32}" + "".join(f"{cell:>27}" for cell in cells), flush=True)
         print(
             f"{'':32}loop overhead {result['loop_overhead']:.1%}, {result['speedup']:.1f} times "
-            f"the conventional loop, peak memory {result['peak_memory_gib']:.1f} GiB"
+            f"the conventional loop, {result['share_of_bf16_ceiling']['ours']:.0%} of the bf16 "
+            f"ceiling, {result['seconds_per_epoch']['ours']:.0f} s an epoch of 50,000, "
+            f"peak memory {result['peak_memory_gib']:.1f} GiB"
         )
-    if options.out:
-        execution = choose_execution(TrainConfig())
-        facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
-        record = {**facts, "batch_size": BATCH, "results": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(options.out, results, ceilings=limits, batch_size=BATCH)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 PyTorch asks for the same large blocks every step. As it stands glibc gives them back to the kernel
 and asks anew, and clearing fresh pages then costs 10 to 30 % of a training's processor time
-(`benchmarks/allocator.py`). Kept blocks cost nothing but memory that was needed anyway.
+(`benchmarks/ladder.py`). Kept blocks cost nothing but memory that was needed anyway.
 """
 
 import json

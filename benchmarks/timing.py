@@ -1,0 +1,71 @@
+"""What the benchmarks share: a clock that waits for the device, medians, ceilings, the record."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_lib.config import TrainConfig
+from cifar_lib.execution import Execution, choose_execution, describe_environment, describe_hardware
+
+
+def seconds(work: Callable[[], object], execution: Execution) -> float:
+    """How long some work takes until the device is done: by CUDA events, else by the clock."""
+    if execution.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    start_time = time.perf_counter()
+    work()
+    execution.synchronize()
+    return time.perf_counter() - start_time
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], object]], execution: Execution, repeats: int
+) -> dict[str, list[float]]:
+    """Times several pieces of work in turns, after an untimed round: seconds of every repeat."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            taken = seconds(work, execution)
+            if repeat:
+                times[name].append(taken)
+    return times
+
+
+def ceilings(repeats: int = 5) -> dict[str, float]:
+    """What the machine reaches: matrix products of 4096³ (2048³ on a CPU), a copy of 512 MiB."""
+    execution, result = choose_execution(TrainConfig()), {}
+    side = 4096 if execution.device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=execution.device)
+    b, big = a.bfloat16(), torch.zeros(2**27, device=execution.device)
+    copy = torch.empty_like(big)
+    works = {"fp32": lambda: a @ a, "bf16": lambda: b @ b, "copy": lambda: copy.copy_(big)}
+    times = take_turns(works, execution, repeats)
+    for name in ("fp32", "bf16"):
+        result[f"{name}_tflops"] = 2 * side**3 / statistics.median(times[name]) / 1e12
+    result["copy_gb_per_second"] = 2 * 4 * 2**27 / statistics.median(times["copy"]) / 1e9
+    return result
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median of some rates with the least and the most."""
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+def write(out: Path | None, results: Any, **more: Any) -> None:
+    """Writes a benchmark's record, with the machine it was made on."""
+    if out is None:
+        return
+    execution = choose_execution(TrainConfig())
+    facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**facts, **more, "results": results}, indent=1) + "\n", "utf-8")
