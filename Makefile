@@ -11,8 +11,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --quiet
-# make bench BENCH_DIR=reports/full/benchmarks publishes what was measured.
+# make bench BENCH_DIR=reports/full/02_speed/benchmarks publishes what was measured.
 BENCH_DIR ?= runs/bench
+# time_to_accuracy.py trains for hours without a GPU, so it is started by hand.
+BENCHMARKS := $(filter-out %/timing.py %/time_to_accuracy.py,$(wildcard benchmarks/*.py))
 INSTALLED := $(VENV)/.installed
 # Tests ask no network, and run on one thread: they are tiny, and so do not fight for the cores.
 OFFLINE := CIFAR10_DOWNLOAD=0 OMP_NUM_THREADS=1
@@ -59,7 +61,7 @@ report: $(INSTALLED) ## regenerate the index and the tables from the summaries
 
 bench: $(INSTALLED) ## time what benchmarks/ compares, one script after another (leave the machine alone)
 	@mkdir -p $(BENCH_DIR)
-	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; \
+	@for script in $(BENCHMARKS); do echo "== $$script"; \
 		$(BIN)/python "$$script" --out "$(BENCH_DIR)/$$(basename "$$script" .py).json"; done
 
 refresh: $(INSTALLED) ## execute the notebooks in place (smoke setting): their compared outputs anew

@@ -1,0 +1,73 @@
+"""Charts of stage two: the ladder of its steps, and accuracy against seconds.
+
+A DataFrame in, a matplotlib Figure (a `Chart`) out.
+"""
+
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
+
+SECONDS = {"ours": BLUE, "conventional": ORANGE}
+
+
+def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
+    """Draws images a second, rung by rung, logarithmic: the bar from the rung before to this one.
+
+    Args:
+        frame: a row a rung, in order, with rung, why and images_per_second (the median, above 0);
+            low and high (the least and the most measured).
+        caption_text: see `caption`.
+    """
+    figure, (ax,) = new_figure(0.42 * len(frame) + 1.2)
+    rates = frame["images_per_second"].to_numpy(dtype=float)
+    before = [rates[0], *rates[:-1]]
+    y = range(len(frame))
+    ax.barh(y, rates - before, left=before, color=BLUE, height=0.55)
+    spans = frame[["low", "high"]].to_numpy(dtype=float)
+    ax.hlines(y, spans[:, 0], spans[:, 1], color=GREY, linewidth=1)
+    ax.plot(rates, y, "o", color=BLUE, markersize=5)
+    for i, (rate, was, why) in enumerate(zip(rates, before, frame["why"], strict=True)):
+        gain = "" if i == 0 else f", {rate / was:.2f} times"
+        ax.annotate(f"  {rate:,.0f}{gain} · {why}", (spans[i, 1], i), va="center", fontsize=8)
+    ax.set_yticks(list(y), frame["rung"].tolist())
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.set_xlim(spans.min() / 1.3, spans.max() * 60)  # room for what the labels say
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_xlabel("images a second in training (log scale)")
+    ax.grid(axis="y", visible=False)
+    caption(figure, caption_text)
+    return figure
+
+
+def accuracy_against_seconds(
+    metrics: pd.DataFrame, slowdown: float | None = None, *, caption_text: str = ""
+) -> Chart:
+    """Draws accuracy against training time, a line a seed.
+
+    Args:
+        metrics: columns seed, epoch, seconds and an accuracy, val_accuracy or (where there is no
+            validation) train_accuracy, 0..1.
+        slowdown: how many times slower the conventional loop is on this network, measured; the
+            same epochs at its pace are then drawn beside, dashed: computed, not run.
+        caption_text: see `caption`.
+    """
+    column = "val_accuracy" if metrics["val_accuracy"].notna().any() else "train_accuracy"
+    figure, (ax,) = new_figure(3.6)
+    paces = {"ours": 1.0} | ({"conventional": slowdown} if slowdown else {})
+    for name, factor in paces.items():
+        for i, (_, run) in enumerate(metrics.groupby("seed")):
+            style = "-" if name == "ours" else "--"
+            said = name if name == "ours" else f"the usual loop's pace ({factor:.1f} times slower)"
+            label = said if i == 0 else None
+            seconds = run["seconds"].cumsum() * factor
+            ax.plot(seconds, run[column], style, color=SECONDS[name], label=label, linewidth=1.3)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_xlabel("seconds of training (log scale)")
+    ax.set_ylabel(column.replace("_", " "))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.legend(frameon=False)
+    caption(figure, caption_text)
+    return figure
