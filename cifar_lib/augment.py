@@ -129,13 +129,14 @@ def resize(batch: Tensor, side: int) -> Tensor:
     """Resizes images to a square, bilinear, with antialiasing where they shrink.
 
     Args:
-        batch: float32 (N, 3, H, W), on any device.
+        batch: float (N, C, H, W), on any device.
         side: of the result, pixels, at least 1.
 
     Returns:
-        float32 (N, 3, side, side).
+        (N, C, side, side), of the same type and memory format.
     """
-    return F.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
+    shrinks = side < max(batch.shape[-2:])
+    return F.interpolate(batch, size=(side, side), mode="bilinear", antialias=shrinks)
 
 
 def _convert(batch: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -63,6 +63,20 @@ class TrainConfig(BaseModel):
     )
     depth: int | None = Field(None, ge=1, le=1202, description="layers; null is the default")
     dropout: Float | None = Field(None, ge=0, lt=1, description="drop probability, 0..1")
+    image_size: int = Field(
+        32, ge=32, le=512, description="side to which the model enlarges its images, pixels"
+    )
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="start of all but the last layer: 'imagenet', a state dict's file, or null",
+    )
+    backbone_rate: Float = Field(
+        1.0, ge=0, le=1, description="factor on learning_rate before the last layer; 0 freezes"
+    )
+    normalization: Literal["data", "weights"] = Field(
+        "data", description="by the statistics of train, or of the images of 'imagenet' weights"
+    )
 
     # augmentation, in the order in which it is applied
     flip: Literal["none", "random", "alternating"] = Field(
@@ -170,6 +184,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"milestones {self.milestones} must be rising epochs from 1 on")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov true needs momentum above 0, got momentum 0")
+        if self.optimizer == "muon" and 0 < self.backbone_rate < 1:
+            raise ValueError(f"backbone_rate {self.backbone_rate:g} must be 0 or 1 with muon")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule 'multistep' needs milestones, got []")
         if self.schedule == "one_cycle" and self.warmup_epochs == 0:
@@ -180,20 +196,34 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    @property
+    def weights_path(self) -> Path:
+        """The file that `weights` names, if it is not 'imagenet'; relative to the checkout."""
+        return ROOT / Path(self.weights or "").expanduser()
+
     def fingerprint(self, data_sha256: str = "") -> str:
         """Names this configuration, on this data, in twelve hexadecimal digits.
 
         Only fields that differ from their defaults count, so a field added later with a
         default that means "as before" leaves every published fingerprint as it is. In return
-        a default may never change; a test holds that.
+        a default may never change; a test holds that. A file of weights counts by its content,
+        wherever it lies; 'imagenet' is one content, which its loader checks.
 
         Args:
             data_sha256: `DataInfo.sha256` of the data, or empty for the configuration alone.
 
         Returns:
             12 hexadecimal digits, the same in every process and on every machine.
+
+        Raises:
+            ValueError: `weights` names a file that can not be read.
         """
         fields = self.model_dump(mode="json", exclude_defaults=True, exclude=set(NOT_FINGERPRINTED))
+        if self.weights not in (None, "imagenet"):
+            try:
+                fields["weights"] = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise ValueError(f"weights: {self.weights_path}: {error.strerror}") from None
         text = json.dumps({"config": fields, "data": data_sha256}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

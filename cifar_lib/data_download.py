@@ -131,7 +131,7 @@ def download_cifar10(folder: Path, limit_s: float | None = None) -> None:
             if archive.is_file():
                 return _unpack(archive, CIFAR10.tgz_md5)
             print(f"downloading {url} into {folder}", file=sys.stderr, flush=True)
-            _fetch(url, part, limit_s)
+            fetch(url, part, limit_s)
             try:
                 _unpack(part, CIFAR10.tgz_md5)
             except DownloadError:
@@ -142,7 +142,18 @@ def download_cifar10(folder: Path, limit_s: float | None = None) -> None:
         raise DownloadError(f"{url} into {folder}: {' '.join(str(error).split())}") from None
 
 
-def _fetch(url: str, part: Path, limit_s: float | None) -> None:
+def fetch(url: str, part: Path, limit_s: float | None) -> None:
+    """Downloads a file, going on from what `part` already holds.
+
+    Args:
+        url: https address.
+        part: where to; its folder is there.
+        limit_s: as `download_cifar10` takes it.
+
+    Raises:
+        DownloadError: too slow, or the connection was lost.
+        OSError: the host does not answer, or the disk is full.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310
     try:

@@ -3,11 +3,13 @@
 import bisect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from cifar_lib.config import TrainConfig
+from cifar_lib.models.transfer import last_layer
 from cifar_lib.optim_muon import Muon
 
 ONE_CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's div_factor
@@ -20,11 +22,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Args:
         model: its trainable parameters are optimised.
         config: optimizer, learning_rate, momentum, nesterov, weight_decay and
-            decay_norm_and_bias are read.
+            decay_norm_and_bias are read, and backbone_rate.
 
     Returns:
         One optimiser; parameters of fewer than two dimensions (norms, biases) form a second
-        group without weight decay unless `decay_norm_and_bias`.
+        group without weight decay unless `decay_norm_and_bias`; the backbone forms groups of
+        its own, after the last layer's, if its rate differs.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "muon":
@@ -35,13 +38,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
             config.momentum,
             config.weight_decay,
         )
-    groups = [{"params": parameters, "weight_decay": config.weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
     if not config.decay_norm_and_bias:
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
     groups = [group for group in groups if group["params"]]
+    if 0 < config.backbone_rate < 1:
+        groups = _slow_backbone(model, groups, config.backbone_rate)
     rate = config.learning_rate
     # Fused: one pass over the parameters instead of one an operation.
     if config.optimizer == "sgd":
@@ -56,9 +61,22 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets one learning rate for all parameter groups."""
+    """Sets one learning rate for all parameter groups, times a group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
+
+
+def _slow_backbone(
+    model: nn.Module, groups: list[dict[str, Any]], factor: float
+) -> list[dict[str, Any]]:
+    """Parts every group into the last layer's parameters and the others, those at `factor`."""
+    head = set(last_layer(model)[1].parameters())
+    parts = []
+    for rate_factor, in_head in ((1.0, True), (factor, False)):
+        for group in groups:
+            chosen = [p for p in group["params"] if (p in head) == in_head]
+            parts.append(group | {"params": chosen, "rate_factor": rate_factor})
+    return [part for part in parts if part["params"]]
 
 
 def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:

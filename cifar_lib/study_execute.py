@@ -38,6 +38,8 @@ def input_key(experiment: Experiment) -> str:
     else:
         train_set, _ = load_dataset(config.dataset, config.data_dir)
         parts.append(train_set.info.sha256)
+        if config.weights:  # by content: another file may lie at the same path
+            parts.append(config.fingerprint())
     if experiment.preset == "quick":
         parts.append(hash_files((ROOT / "cifar_lib").glob("**/*.py")))
         notebook = nbformat.read(experiment.source, as_version=4)

@@ -29,6 +29,7 @@ from cifar_lib.execution import (
     prepare_device,
 )
 from cifar_lib.models import build_model
+from cifar_lib.models.transfer import check_transfer, set_training_mode
 from cifar_lib.optim import build_schedule, set_learning_rate
 from cifar_lib.train_evaluate import Metrics, finish, validate
 from cifar_lib.train_state import TrainState
@@ -92,6 +93,7 @@ def _train(
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)
     summary["result"]["other_load"] = round(state.other_load, 3)
     results.save_summary(run_dir, summary)
+    logger.info(_result_line(summary["result"]))
     return results.load_run(run_dir)
 
 
@@ -99,9 +101,11 @@ def check_runnable(config: TrainConfig) -> None:
     """Refuses, before any data is read, what this machine or the named model cannot do.
 
     Raises:
-        ValueError: names the field (model, width, depth, dropout, device, precision).
+        ValueError: names the field (model, width, depth, dropout, weights, normalization,
+            device, precision).
     """
     choose_execution(config)
+    check_transfer(config)
     with torch.device("meta"):  # shapes without memory
         build_model(config, 10)
 
@@ -130,7 +134,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
     losses = torch.zeros(steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     micro = config.micro_batch_size or size
-    state.model.train()
+    set_training_mode(state.model)
 
     for step in tqdm(
         range(steps), f"epoch {epoch + 1}", leave=False, unit="step", disable=not progress
@@ -232,6 +236,19 @@ def _compile(state: TrainState, execution: Execution) -> float:
     state.model.load_state_dict(before)
     execution.synchronize()
     return time.perf_counter() - began
+
+
+def _result_line(result: Metrics) -> str:
+    val = "no validation"
+    if result["val_accuracy"] is not None:
+        val = (
+            f"best val accuracy {100 * result['val_accuracy']:.2f} % (epoch "
+            f"{result['best_epoch']}), last {100 * result['val_accuracy_last']:.2f} %"
+        )
+    return (
+        f"seed {result['seed']} done after epoch {result['epochs']}: {val}; "
+        f"test accuracy {100 * result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}"
+    )
 
 
 def _epoch_line(metrics: Metrics, epochs: int) -> str:

@@ -75,6 +75,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
             "name": config.model,
             "parameters": count_parameters(state.model),
             "flops_per_image": flops_per_image(state.model),
+            "weights": state.pretrained,
         },
         "normalization": {"mean": state.mean.tolist(), "std": state.std.tolist()},
         "hardware": describe_hardware(execution),
@@ -105,7 +106,9 @@ def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
             f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
         )
     execution = choose_evaluation(run.config)
-    state = TrainState.start(run.config, run.seed, splits, execution)
+    # Its weights are those of the run: the file that they once began as need not be here.
+    config = run.config.model_copy(update={"weights": None})
+    state = TrainState.start(config, run.seed, splits, execution)
     results.load_state(state.evaluated_model, run.weights, run.path / results.WEIGHTS)
     labels = splits.test.labels
     logits = _logits(state, splits.test, execution)

@@ -17,6 +17,7 @@ from cifar_lib.execution import Execution, training_code_sha256
 from cifar_lib.fast import use_fast_paths
 from cifar_lib.models import build_model
 from cifar_lib.models.speed_net import SpeedNet
+from cifar_lib.models.transfer import expected_statistics, load_pretrained
 from cifar_lib.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class TrainState:
     history: list[dict[str, Any]]
     best: dict[str, Any]
     last_losses: Tensor  # of each training image when it was last seen
+    pretrained: dict[str, str] | None = None  # the file that the weights began as
     other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
 
     @classmethod
@@ -52,8 +54,9 @@ class TrainState:
         """Makes the state before the first epoch; the seed decides the initial weights."""
         torch.manual_seed(seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        mean, std = splits.train.statistics
+        mean, std = expected_statistics(config) or splits.train.statistics
         model = build_model(config, len(splits.train.class_names))
+        pretrained = load_pretrained(model, config)
         if isinstance(model, SpeedNet):
             some = splits.train.images[:WHITENING_IMAGES]
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
@@ -83,6 +86,7 @@ class TrainState:
             history=[],
             best={"epoch": 0, "val_accuracy": None, "val_loss": None},
             last_losses=torch.zeros(len(splits.train), device=execution.device),
+            pretrained=pretrained,
         )
 
     @property

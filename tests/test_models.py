@@ -29,12 +29,18 @@ PARAMETERS_AND_FLOPS = {
     "vgg16": (14_728_266, 626_403_328),
     "vgg19": (20_040_522, 796_272_640),
     "speed_net": (1_971_328, 236_294_720),  # whitening and the norms' scales are not trained
+    # torchvision's and timm's counts for 1,000 classes, 11.69 M and 4.65 M, less 990 outputs.
+    "imagenet_resnet18": (11_689_512 - 990 * 513, 74_033_152),
+    "efficientnet_lite0": (4_652_008 - 990 * 1281, 15_695_296),
 }
+OF_ONE_WIDTH = {"imagenet_resnet18", "efficientnet_lite0"}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name: str, **fields: object) -> nn.Module:
     torch.manual_seed(0)
+    if name in OF_ONE_WIDTH:
+        fields.pop("width", None)
     return build_model(TrainConfig(model=name, **fields), num_classes=10)
 
 
@@ -58,7 +64,8 @@ def test_parameters_and_flops(name: str) -> None:
 @every_model
 @pytest.mark.parametrize("classes", [10, 7])
 def test_shape_of_the_logits(name: str, classes: int) -> None:
-    model = build_model(TrainConfig(model=name, width=0.25), num_classes=classes)
+    width = None if name in OF_ONE_WIDTH else 0.25
+    model = build_model(TrainConfig(model=name, width=width), num_classes=classes)
     logits = model(images(2))
     assert logits.shape == (2, classes)
     assert logits.isfinite().all()
@@ -78,7 +85,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 def test_evaluation_is_deterministic_and_survives_the_state_dict(name: str) -> None:
     model, x = build(name, width=0.25), images(4)
     model(x)  # moves the running statistics off their start
-    other = build_model(TrainConfig(model=name, width=0.25), num_classes=10)
+    other = build(name, width=0.25)
     other.load_state_dict(model.state_dict())
     with evaluation_mode(model), evaluation_mode(other):
         logits = model(x)
@@ -89,13 +96,13 @@ def test_evaluation_is_deterministic_and_survives_the_state_dict(name: str) -> N
 
 @every_model
 def test_channels_last_computes_the_same(name: str) -> None:
-    model, x = build(name, width=0.5), images(4)
+    model, x = build(name, width=0.5), images(16)
     expected = model(x)
     actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-@every_model
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - OF_ONE_WIDTH))
 def test_width_scales_the_channels(name: str) -> None:
     ratio = PARAMETERS_AND_FLOPS[name][0] / count_parameters(build(name, width=0.5))
     assert 3.8 < ratio <= 4
@@ -177,6 +184,7 @@ def test_evaluation_mode_leaves_frozen_modules_frozen_even_after_an_error() -> N
     [
         ({"model": "resnet19"}, ["model", "'resnet19'", "resnet18", "vgg19"]),
         ({"model": "resnet18", "depth": 20}, ["depth", "20", "resnet18", "width"]),
+        ({"model": "imagenet_resnet18", "width": 2}, ["width", "2.0", "takes only null"]),
         ({"model": "cifar_resnet", "dropout": 0.5}, ["dropout", "0.5", "width, depth"]),
         ({"model": "cifar_resnet", "depth": 21}, ["depth", "21", "6n + 2"]),
         ({"model": "cifar_resnet", "depth": 2}, ["depth", "2", "6n + 2"]),

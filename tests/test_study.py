@@ -8,7 +8,7 @@ import pytest
 
 from cifar_lib import reports, study, study_execute, study_experiments, study_runs, train_state
 from cifar_lib import train as train_module
-from cifar_lib.config import ROOT
+from cifar_lib.config import ROOT, read_yaml
 from cifar_lib.data import load_dataset
 from cifar_lib.study_experiments import load_preset
 
@@ -157,8 +157,9 @@ def test_every_committed_preset_is_sound(preset):
 
 
 def test_every_parameter_file_is_in_a_preset():
-    listed = {f"{e.notebook}/{e.name}" for p in ("quick", "full") for e in load_preset(p)}
-    files = {f"{p.parent.name}/{p.stem}" for p in (ROOT / "params").glob("*/*.yaml")}
+    presets = read_yaml(ROOT / "params/study.yaml")["presets"]
+    listed = {e["params"] for entries in presets.values() for e in entries}
+    files = {f"{p.parent.name}/{p.name}" for p in (ROOT / "params").glob("*/*.yaml")}
     assert files == listed
 
 
@@ -166,7 +167,7 @@ def test_every_notebook_parameter_means_something():
     from cifar_lib.config import TrainConfig
 
     known = {*TrainConfig.model_fields, *study_experiments.RUNNER_PARAMETERS, "question"}
-    known |= {"reported_accuracy", "reported_by", "reported_on", "reports_dir"}
+    known |= {"reported_accuracy", "reported_by", "reported_on", "reported_curve", "reports_dir"}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert set(study_experiments.notebook_parameters(path)) <= known, path.name
 

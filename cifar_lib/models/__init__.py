@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifar_lib.augment import resize
 from cifar_lib.config import TrainConfig
 from cifar_lib.models.cifar_resnet import CifarResNet
+from cifar_lib.models.imagenet import efficientnet_lite0, imagenet_resnet18
 from cifar_lib.models.resnet import ResNet18
 from cifar_lib.models.small_cnn import SmallCNN
 from cifar_lib.models.speed_net import SpeedNet
@@ -27,15 +29,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg11": vgg11,
     "vgg16": vgg16,
     "vgg19": vgg19,
+    "imagenet_resnet18": imagenet_resnet18,
+    "efficientnet_lite0": efficientnet_lite0,
 }
+STORED_SIZE = 32
+"""Side of the images as they are stored and augmented, pixels."""
 
 
 def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """Builds the network that a configuration names, with fresh random weights.
 
+    With `image_size` the network enlarges its images itself, micro-batch by micro-batch on their
+    device: training, evaluation, its views and prediction all hand it images as they are stored.
+
     Args:
-        config: its fields `model`, `width`, `depth` and `dropout` count; of the last three those
-            that are null are left to the constructor's defaults.
+        config: its fields `model`, `width`, `depth`, `dropout` and `image_size` count; of width,
+            depth and dropout those that are null are left to the constructor's defaults.
         num_classes: K.
 
     Returns:
@@ -51,10 +60,14 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     options = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
     for name, value in options.items():
         if value is not None and name not in taken:
-            allowed = ", ".join(option for option in options if option in taken)
+            allowed = ", ".join(option for option in options if option in taken) or "null"
             raise ValueError(f"{name}: got {value!r}; model {config.model} takes only {allowed}")
     given = {name: value for name, value in options.items() if value is not None}
-    return constructor(num_classes=num_classes, **given)
+    model = constructor(num_classes=num_classes, **given)
+    if config.image_size != STORED_SIZE:
+        size = config.image_size
+        model.register_forward_pre_hook(lambda _, inputs: (resize(inputs[0], size),))
+    return model
 
 
 @contextmanager
