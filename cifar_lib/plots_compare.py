@@ -17,6 +17,7 @@ from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
     PercentFormatter,
+    StrMethodFormatter,
 )
 from matplotlib.transforms import Bbox
 
@@ -25,6 +26,7 @@ from cifar_lib.plots import BLUE, ORANGE, Chart, caption, new_figure
 COSTS = {
     "train_seconds": "training time of one seed",
     "parameters": "parameters",
+    "depth": "weighted layers",
     "flops_per_image": "floating-point operations of one forward pass, an image",
 }
 """Columns that `accuracy_vs_cost` can put on its x axis, and what they are."""
@@ -58,6 +60,9 @@ def accuracy_vs_cost(
     if cost == "train_seconds":
         ax.xaxis.set_major_locator(FixedLocator([n * unit for _, unit in UNITS for n in STEPS]))
         ax.xaxis.set_major_formatter(FuncFormatter(duration_tick))
+    elif cost == "depth":
+        ax.xaxis.set_major_locator(FixedLocator(sorted(set(x))))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     else:
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(EngFormatter())

@@ -38,6 +38,7 @@ def comparison() -> pd.DataFrame:
             "train_seconds": [4000.0, 300.0, 310.0, None],
             "parameters": [11_173_962, 1_972_792, 964_170, 5],
             "flops_per_image": [1e9, 1e8, 1e7, 1.0],
+            "depth": [56, 32, 20, 8],
             "reported_accuracy": [0.92, 0.9401, None, 0.9],
             "reported_by": ["study D", "airbench94", None, "study E"],
         }

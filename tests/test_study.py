@@ -167,7 +167,14 @@ def test_every_notebook_parameter_means_something():
     from cifar_lib.config import TrainConfig
 
     known = {*TrainConfig.model_fields, *study_experiments.RUNNER_PARAMETERS, "question"}
-    known |= {"reported_accuracy", "reported_by", "reported_on", "reported_curve", "reports_dir"}
+    known |= {
+        "reported_accuracy",
+        "reported_by",
+        "reported_on",
+        "reported_curve",
+        "reports_dir",
+        "systems",
+    }
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert set(study_experiments.notebook_parameters(path)) <= known, path.name
 

@@ -1,0 +1,88 @@
+"""Every reported system has a row that says what was measured here, or why it was not."""
+
+import pandas as pd
+import pytest
+
+from cifar_lib import plots_compare
+from cifar_lib.config import ROOT, read_yaml
+from cifar_lib.reports_compare import COLUMNS, systems_frame
+
+SYSTEMS = pd.read_csv(ROOT / "params/05_compare/systems.csv")
+
+
+def measured(*labels: str) -> pd.DataFrame:
+    rows = [
+        {
+            "notebook": label.partition("/")[0],
+            "experiment": label.partition("/")[2],
+            "model": "resnet18",
+            "parameters": 1000,
+            "data": "CIFAR-10, JPEG copy",
+            "n_train": 45000,
+            "n": 3,
+            "test_accuracy": 0.9,
+            "low": 0.89,
+            "high": 0.91,
+            "train_seconds": 7200.0,
+            "reported_accuracy": 0.5,
+            "reported_by": "study X",
+            "reported_on": "elsewhere",
+        }
+        for label in labels
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_systems_come_first_measured_or_not_then_what_has_no_source():
+    table = systems_frame(SYSTEMS, measured("09_other/mine", "02_speed/smallcnn"))
+    assert list(table.columns) == COLUMNS
+    assert list(table.index) == [*SYSTEMS["experiment"], "09_other/mine"]
+    row = table.loc["02_speed/smallcnn"]
+    assert (row["study"], row["reported"], row["reported_on"]) == ("D2", 83.59, "test")
+    assert (row["measured"], row["low"], row["high"], row["n"]) == (90.0, 89.0, 91.0, 3)
+    assert (row["hours_a_seed"], row["status"]) == (2.0, "measured")
+    for name in ("study-c", "study-d1"):
+        missing = table.loc[f"01_baseline/{name}"]
+        assert missing["status"] == "not measured: needs the real weights"
+        assert missing["reported"] > 84 and pd.isna(missing["measured"])
+    assert table.loc["03_improved/resnet18", "status"] == "not measured yet"
+    mine = table.loc["09_other/mine"]
+    assert (mine["study"], mine["system"], mine["status"]) == ("ours", "resnet18", "measured")
+    assert pd.isna(mine["reported"])
+
+
+def test_a_quick_run_stands_for_its_experiment_and_real_weights_once_there_count():
+    table = systems_frame(SYSTEMS, measured("02_speed/smallcnn-quick", "01_baseline/study-c"))
+    assert list(table.index) == list(SYSTEMS["experiment"])
+    assert table.loc[["02_speed/smallcnn", "01_baseline/study-c"], "status"].eq("measured").all()
+
+
+def test_systems_say_what_the_parameter_files_say():
+    """One reported figure in two places: they may not differ."""
+    compared = 0
+    for system in SYSTEMS.itertuples():
+        path = ROOT / f"params/{system.experiment}.yaml"
+        values = read_yaml(path) if path.exists() else {}
+        if "reported_accuracy" in values:
+            assert values["reported_accuracy"] == system.reported_accuracy, path.name
+            compared += 1
+        if curve := values.get("reported_curve"):
+            last = pd.read_csv(ROOT / curve).iloc[-1]
+            assert last["val_accuracy"] == system.reported_accuracy
+            assert last["epoch"] == values["epochs"]
+    assert compared >= 7
+
+
+@pytest.mark.parametrize("study", ["a", "b"])
+def test_reported_curves_are_whole(study):
+    curve = pd.read_csv(ROOT / f"params/01_baseline/reported/study-{study}.csv")
+    assert curve["epoch"].is_monotonic_increasing and curve["epoch"].iloc[0] == 1
+    assert curve[["train_accuracy", "val_accuracy"]].stack().between(0.4, 0.9).all()
+    assert len(curve) == {"a": 20, "b": 4}[study]
+
+
+def test_accuracy_against_depth_marks_the_depths():
+    frame = measured("01_baseline/a", "01_baseline/b", "01_baseline/c").assign(depth=[20, 32, 56])
+    (ax,) = plots_compare.accuracy_vs_cost(frame, "depth").axes
+    assert [ax.xaxis.get_major_formatter()(x) for x in ax.get_xticks()] == ["20", "32", "56"]
+    assert "weighted layers" in ax.get_xlabel()
