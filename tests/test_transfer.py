@@ -128,7 +128,13 @@ def test_a_run_starts_from_a_file_resumes_to_the_bit_and_later_needs_no_file(
 ):
     moved = tmp_path / "moved.pth"
     moved.write_bytes(resnet_file.read_bytes())
-    config = resnet(weights=str(moved), normalization="weights", learning_rate=0.01)
+    config = resnet(
+        weights=str(moved),
+        normalization="weights",
+        learning_rate=0.01,
+        momentum=0.0,
+        nesterov=False,
+    )
     whole = train(config, 0, digits, tmp_path / "whole")
     assert whole.summary["model"]["weights"] == {
         "file": "moved.pth",
