@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from cifar_lib import results
+from cifar_lib import distributed, results
 from cifar_lib.checkpoint import remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
@@ -45,20 +46,25 @@ def runs(
         The runs in the order of `seeds`.
     """
     check_runnable(config)
-    splits = splits or load_splits(config)
+    splits = splits or distributed.on_main(lambda: load_splits(config))
     finished = []
     for seed in seeds:
         folder = results.run_folder(
             ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
         )
-        run = results.load_run(folder) if results.is_finished(folder) else None
+        run = distributed.on_main(partial(_find, folder))
         stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
         if run is None or stale or force:
-            forget(folder, keep_state=run is None and not force)
+            keep = run is None and not force
+            distributed.on_main(partial(forget, folder, keep_state=keep))
             with _logged(folder):
                 run = train(config, seed, splits, folder, progress=_wants_bar(progress))
         finished.append(run)
     return finished
+
+
+def _find(folder: Path) -> results.Run | None:
+    return results.load_run(folder) if results.is_finished(folder) else None
 
 
 def forget(folder: Path, *, keep_state: bool = False) -> None:
@@ -71,6 +77,9 @@ def forget(folder: Path, *, keep_state: bool = False) -> None:
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """A line an epoch, to the console and to `train.log` in the run's folder at once."""
+    if distributed.rank():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("cifar_lib")
     level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
@@ -89,6 +98,8 @@ def _logged(folder: Path) -> Iterator[None]:
 
 
 def _wants_bar(progress: bool | None) -> bool:
+    if distributed.rank():
+        return False
     # A kernel that JupyterLab starts knows its notebook's name; papermill's and nbval's do not.
     return (
         (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ) if progress is None else progress
