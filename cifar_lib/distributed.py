@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cifar_lib.config import TrainConfig
+from cifar_lib.execution import choose_execution
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -128,12 +129,11 @@ def _patient_group() -> dist.ProcessGroup:
     return group
 
 
-def check_divisible(config: TrainConfig, device: torch.device, n_train: int | None = None) -> None:
+def check_divisible(config: TrainConfig, n_train: int | None = None) -> None:
     """Refuses more ranks than a batch or the machine can be divided among.
 
     Args:
-        config: its batch_size and micro_batch_size count.
-        device: where the run is to compute.
+        config: its device, batch_size and micro_batch_size count.
         n_train: training images, once they are known: a batch is never larger.
 
     Raises:
@@ -141,9 +141,10 @@ def check_divisible(config: TrainConfig, device: torch.device, n_train: int | No
     """
     if size() == 1:
         return
-    if device.type == "mps":
+    device = choose_execution(config).device.type
+    if device == "mps":
         raise ValueError(f"device: got 'mps' with {size()} ranks; use cpu, or one process")
-    if device.type == "cuda" and size_here() > torch.cuda.device_count():
+    if device == "cuda" and size_here() > torch.cuda.device_count():
         raise ValueError(
             f"device: got {size_here()} ranks on a machine with {torch.cuda.device_count()} CUDA "
             "devices; start one rank a device (--nproc_per_node), or use device cpu"

@@ -47,6 +47,7 @@ def runs(
     """
     check_runnable(config)
     splits = splits or distributed.on_main(lambda: load_splits(config))
+    distributed.check_divisible(config, len(splits.train))
     finished = []
     for seed in seeds:
         folder = results.run_folder(

@@ -57,6 +57,7 @@ def train(
         FloatingPointError: a loss was not finite; names epoch and step. The last good
             training state stays in `run_dir`.
     """
+    distributed.check_divisible(config, len(splits.train))
     lock = FileLock(run_dir / ".lock", timeout=0)
 
     def acquire() -> None:
@@ -78,7 +79,6 @@ def _train(
 ) -> results.Run:
     git_commit()  # kept from here on: what was checked out when the run began
     execution = choose_execution(config)
-    distributed.check_divisible(config, execution.device, len(splits.train))
     state = TrainState.start(config, seed, splits, execution)
     state.resume(run_dir)
     distributed.on_main(lambda: results.save_config(run_dir, config))
@@ -112,7 +112,8 @@ def check_runnable(config: TrainConfig) -> None:
     Raises:
         ValueError: names the field (model, width, depth, dropout, device, precision).
     """
-    distributed.check_divisible(config, choose_execution(config).device)
+    choose_execution(config)
+    distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
         build_model(config, 10)
 

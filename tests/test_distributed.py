@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from cifar_lib import checkpoint, distributed, results
 from cifar_lib import train as train_module
+from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
+from cifar_lib.execution import Execution
 from cifar_lib.models import MODELS
 from cifar_lib.train import train
 from cifar_lib.train_evaluate import evaluate_run
@@ -42,6 +44,19 @@ from test_distributed import plain
 
 models.MODELS["plain"] = plain
 study_runs.ROOT = Path({root!r})
+"""
+# Rank 1, in the middle of epoch 3.
+SIGNAL_ITSELF = """
+import signal
+from cifar_lib import train
+augment_batch = train.augment_batch
+
+def signal_itself(*args, epoch, **rest):
+    if epoch == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.{})
+    return augment_batch(*args, epoch=epoch, **rest)
+
+train.augment_batch = signal_itself
 """
 COMMAND = """
 from cifar_lib import __main__ as cli
@@ -128,9 +143,13 @@ def torchrun(folder: Path, code: str, *words: str) -> Iterator[subprocess.Popen]
         job.communicate()
 
 
-def rank_of(job: subprocess.Popen, rank: int) -> psutil.Process:
-    children = psutil.Process(job.pid).children(recursive=True)
-    return next(p for p in children if p.environ().get("RANK") == str(rank))
+def train_two(folder: Path, config: TrainConfig, code: str, *words: str) -> tuple[int, str]:
+    """The command `train` with two ranks: the launcher's status, and all that was said."""
+    params = folder / "mine.yaml"
+    params.write_text(json.dumps(config.model_dump(mode="json")))
+    with torchrun(folder, code, "train", str(params), *words) as job:
+        said, _ = job.communicate(timeout=115)
+    return job.returncode, said
 
 
 @pytest.fixture(autouse=True)
@@ -209,23 +228,14 @@ def test_rank_0_alone_speaks_and_writes(two_ranks):
 
 
 def test_a_killed_rank_ends_the_job_and_one_process_goes_on(tmp_path, digits, tiny):
-    config, said = tiny(**PLAIN | {"epochs": 60}), ""
-    params = tmp_path / "mine.yaml"
-    params.write_text(json.dumps(config.model_dump(mode="json")))
-    with torchrun(tmp_path, COMMAND, "train", str(params)) as job:
-        for line in job.stdout:
-            said += line
-            if "epoch 2/" in line:
-                rank_of(job, 1).kill()
-        assert job.wait(timeout=60) != 0
-    assert "SIGKILL" in said
-    assert said.count("Traceback") <= 1, said  # torchrun's own
+    config = tiny(**PLAIN | {"epochs": 4})
+    status, said = train_two(tmp_path, config, SIGNAL_ITSELF.format("SIGKILL") + COMMAND)
+    assert status != 0 and "Signal 9 (SIGKILL) received" in said
+    assert said.count("Traceback") == 1, said  # torchrun's own
     (folder,) = (tmp_path / "runs/mine").iterdir()
-    assert not results.is_finished(folder)
-    done = checkpoint.load_checkpoint(folder)["epoch"]
-    assert 2 <= done < 60
+    assert checkpoint.load_checkpoint(folder)["epoch"] == 2
     resumed = train(config, 0, digits, folder)
-    assert_same_run(train(config, 0, digits, tmp_path / "whole"), resumed, 1e-3)
+    assert_same_run(train(config, 0, digits, tmp_path / "whole"), resumed, 1e-5)
 
 
 @pytest.mark.long
@@ -237,29 +247,30 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(tmp_path, digits, ti
     ],
 )
 def test_a_mistake_is_told_once_with_status_2(tmp_path, tiny, words, said):
-    params = tmp_path / "mine.yaml"
-    params.write_text(json.dumps(tiny(**PLAIN).model_dump(mode="json")))
-    with torchrun(tmp_path, COMMAND, "train", str(params), *words) as job:
-        output, _ = job.communicate(timeout=110)
-    assert job.returncode != 0  # torchrun's own status is always 1
-    assert re.findall("^error: .*", output, re.MULTILINE) == [
-        next(line for line in output.splitlines() if said in line)
-    ]
-    assert "exitcode  : 2" in output and output.count("Traceback") == 1
+    status, output = train_two(tmp_path, tiny(**PLAIN), COMMAND, *words)
+    assert status != 0 and "exitcode  : 2" in output  # torchrun's own status is always 1
+    (line,) = re.findall("^error: .*", output, re.MULTILINE)
+    assert said in line and output.count("Traceback") == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.long
 def test_a_frozen_rank_ends_the_job(tmp_path, tiny):
-    params, said = tmp_path / "mine.yaml", ""
-    params.write_text(json.dumps(tiny(**PLAIN | {"epochs": 1000}).model_dump(mode="json")))
-    with torchrun(tmp_path, COMMAND, "train", str(params)) as job:
-        for line in job.stdout:
-            said += line
-            if "epoch 2/" in line:
-                rank_of(job, 1).suspend()
-        assert job.wait(timeout=60) != 0
+    code = SIGNAL_ITSELF.format("SIGSTOP") + COMMAND
+    status, said = train_two(tmp_path, tiny(**PLAIN | {"epochs": 4}), code)
+    assert status != 0
     assert "error: rank 0 of 2: another rank ended or is silent" in said
+
+
+@pytest.mark.long
+def test_two_ranks_train_a_compiled_model(tmp_path, digits, tiny):
+    config = tiny(epochs=1, compile=True, micro_batch_size=25)
+    status, said = train_two(tmp_path, config, COMMAND)
+    assert status == 0, said
+    (folder,) = (tmp_path / "runs/mine").iterdir()
+    two, one = results.load_run(folder), train(config, 0, digits, tmp_path / "one")
+    assert two.metrics.train_loss[0] == pytest.approx(one.metrics.train_loss[0], rel=1e-3)
+    assert two.weights.keys() == one.weights.keys()
 
 
 # --- in one process ---------------------------------------------------------------------------
@@ -296,10 +307,19 @@ def test_shards_make_up_the_batch(monkeypatch):
 def test_what_can_not_be_divided_is_refused(monkeypatch, tiny, device, changes, said):
     as_rank(monkeypatch, 1, 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    here = Execution(torch.device(device), torch.float32)
+    monkeypatch.setattr(distributed, "choose_execution", lambda _: here)
     config = tiny(**{"batch_size": 128} | changes)
     with pytest.raises(ValueError, match=said):
-        distributed.check_divisible(config, torch.device(device))
-    distributed.check_divisible(tiny(batch_size=128, micro_batch_size=32), torch.device("cpu"), 64)
+        distributed.check_divisible(config)
+
+
+def test_a_batch_is_never_larger_than_the_data(monkeypatch, tiny):
+    as_rank(monkeypatch, 1, 4)
+    config = tiny(batch_size=128, micro_batch_size=32)
+    distributed.check_divisible(config, 64)
+    with pytest.raises(ValueError, match="batch_size: got 65 images"):
+        distributed.check_divisible(config, 65)
 
 
 def set_variables(monkeypatch, **variables: str) -> None:
