@@ -30,6 +30,8 @@ PLAIN = {  # no batch norm, no dropout: then ranks change nothing but the roundi
     "width": None,
     "flip": "random",
     "mixup": 0.2,
+    "keep_hardest": 0.5,
+    "keep_hardest_from": 1,
     "learning_rate": 0.01,
     "micro_batch_size": 5,
 }
@@ -242,7 +244,10 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on(tmp_path, digits, ti
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-p", "batch_size=51", "-p", "micro_batch_size=null"], "batch_size: got 51 images a step with 2 ranks"),
+        (
+            ["-p", "batch_size=51", "-p", "micro_batch_size=null"],
+            "batch_size: got 51 images a step with 2 ranks",
+        ),
         (["-p", "epochs=many"], "epochs: got 'many'"),
     ],
 )
