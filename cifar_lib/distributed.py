@@ -72,9 +72,12 @@ def joined() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         if rank() == 0:
             raise
-        interrupted = isinstance(error, KeyboardInterrupt)
         raise SystemExit(
-            130 if interrupted else 2 if isinstance(error, ValueError) else 1
+            2
+            if isinstance(error, ValueError)
+            else 130
+            if isinstance(error, KeyboardInterrupt)
+            else 1
         ) from None
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -98,9 +101,10 @@ def _join() -> None:
         with _quiet():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=SILENCE)
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the ranks did not find each other at {where}: {reason}") from None
+        raise ValueError(
+            f"the ranks did not find each other at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 @contextmanager
@@ -124,9 +128,7 @@ def _cores() -> int:
 
 @cache
 def _patient_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)  # a number stands for a group one is not in
-    return group
+    return dist.new_group(backend="gloo", timeout=PATIENCE)  # type: ignore[return-value]
 
 
 def check_divisible(config: TrainConfig, n_train: int | None = None) -> None:

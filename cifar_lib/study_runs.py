@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -56,10 +56,11 @@ def runs(
         run = distributed.on_main(partial(_find, folder))
         stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
         if run is None or stale or force:
-            keep = run is None and not force
-            distributed.on_main(partial(forget, folder, keep_state=keep))
-            with _logged(folder):
-                run = train(config, seed, splits, folder, progress=_wants_bar(progress))
+            distributed.on_main(partial(forget, folder, keep_state=run is None and not force))
+            speaks = distributed.rank() == 0
+            with _logged(folder) if speaks else nullcontext():
+                bar = speaks and _wants_bar(progress)
+                run = train(config, seed, splits, folder, progress=bar)
         finished.append(run)
     return finished
 
@@ -78,9 +79,6 @@ def forget(folder: Path, *, keep_state: bool = False) -> None:
 @contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """A line an epoch, to the console and to `train.log` in the run's folder at once."""
-    if distributed.rank():
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("cifar_lib")
     level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
@@ -99,8 +97,6 @@ def _logged(folder: Path) -> Iterator[None]:
 
 
 def _wants_bar(progress: bool | None) -> bool:
-    if distributed.rank():
-        return False
     # A kernel that JupyterLab starts knows its notebook's name; papermill's and nbval's do not.
     return (
         (sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ) if progress is None else progress

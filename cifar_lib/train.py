@@ -249,8 +249,8 @@ def _compile(state: TrainState, execution: Execution) -> float:
     mode = "max-autotune" if execution.device.type == "cuda" else None
     state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
     before = copy.deepcopy(state.model.state_dict())
-    size = min(config.batch_size, len(state.data)) // distributed.size()
-    size = config.micro_batch_size or size
+    share = min(config.batch_size, len(state.data)) // distributed.size()
+    size = config.micro_batch_size or share
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     for pixels in {side, config.low_resolution or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)
