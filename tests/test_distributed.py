@@ -267,17 +267,6 @@ def test_a_frozen_rank_ends_the_job(tmp_path, tiny):
     assert "error: rank 0 of 2: another rank ended or is silent" in said
 
 
-@pytest.mark.long
-def test_two_ranks_train_a_compiled_model(tmp_path, digits, tiny):
-    config = tiny(epochs=1, compile=True, micro_batch_size=25)
-    status, said = train_two(tmp_path, config, COMMAND)
-    assert status == 0, said
-    (folder,) = (tmp_path / "runs/mine").iterdir()
-    two, one = results.load_run(folder), train(config, 0, digits, tmp_path / "one")
-    assert two.metrics.train_loss[0] == pytest.approx(one.metrics.train_loss[0], rel=1e-3)
-    assert two.weights.keys() == one.weights.keys()
-
-
 # --- in one process ---------------------------------------------------------------------------
 
 
