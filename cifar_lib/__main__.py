@@ -52,22 +52,32 @@ def train(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated.")] = None,
     force: Force = False,
 ) -> None:
-    """Train the configuration of a parameter file; a finished run is not repeated."""
+    """Train the configuration of a parameter file; a finished run is not repeated.
+
+    Several processes train one run together under torchrun, on as many GPUs or on the cores of
+    a CPU: `torchrun --nproc_per_node=2 -m cifar_lib train PARAMS`. batch_size stays the images
+    of a step; each process takes its share, and batch norm sees that share. It must divide
+    evenly. The first process writes and prints. A run may go on with another number of
+    processes. OMP_NUM_THREADS above 1 sets the threads of each; else the cores are divided.
+    """
+    from cifar_lib import distributed
     from cifar_lib.config import TrainConfig, parse_config, read_yaml
     from cifar_lib.study import runs
 
-    values = {k: v for k, v in read_yaml(params).items() if k not in _REPORT_ONLY}
-    for assignment in parameter or []:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"-p {assignment!r}: the value is not YAML") from None
-    config: TrainConfig = parse_config(values)
-    for run in runs(config, seeds or [0], experiment=params.stem, force=force):
-        _print_result(run.summary["result"], _shown(run.path))
+    with distributed.joined():
+        values = {k: v for k, v in read_yaml(params).items() if k not in _REPORT_ONLY}
+        for assignment in parameter or []:
+            name, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
+            try:
+                values[name] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise ValueError(f"-p {assignment!r}: the value is not YAML") from None
+        config: TrainConfig = parse_config(values)
+        finished = runs(config, seeds or [0], experiment=params.stem, force=force)
+        for run in finished if distributed.rank() == 0 else []:
+            _print_result(run.summary["result"], _shown(run.path))
 
 
 @app.command()

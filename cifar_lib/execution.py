@@ -25,6 +25,7 @@ TRAINING_ROOMS = (
     "models/*.py",
     "optim.py",
     "execution.py",
+    "distributed.py",
     "evaluate.py",
     "results.py",
     "checkpoint.py",
@@ -195,10 +196,14 @@ class OtherLoad:
     def __init__(self) -> None:
         self.began = self._now()
 
-    def share(self) -> float:
-        """Busy time of other processes since the start, as a share of all cores, 0..1."""
+    def share(self, processes: int = 1) -> float:
+        """Busy time of other processes since the start, as a share of all cores, 0..1.
+
+        Args:
+            processes: that work on the run on this machine, each about as much as this one.
+        """
         busy, own, wall = (b - a for a, b in zip(self.began, self._now(), strict=True))
-        return max(0.0, busy - own) / max(1e-9, wall * (psutil.cpu_count() or 1))
+        return max(0.0, busy - own * processes) / max(1e-9, wall * (psutil.cpu_count() or 1))
 
     @staticmethod
     def _now() -> tuple[float, float, float]:

@@ -4,10 +4,11 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from cifar_lib import results
+from cifar_lib import distributed, results
 from cifar_lib.checkpoint import remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
@@ -45,20 +46,27 @@ def runs(
         The runs in the order of `seeds`.
     """
     check_runnable(config)
-    splits = splits or load_splits(config)
+    splits = splits or distributed.on_main(lambda: load_splits(config))
+    distributed.check_divisible(config, len(splits.train))
     finished = []
     for seed in seeds:
         folder = results.run_folder(
             ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
         )
-        run = results.load_run(folder) if results.is_finished(folder) else None
+        run = distributed.on_main(partial(_find, folder))
         stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
         if run is None or stale or force:
-            forget(folder, keep_state=run is None and not force)
-            with _logged(folder):
-                run = train(config, seed, splits, folder, progress=_wants_bar(progress))
+            distributed.on_main(partial(forget, folder, keep_state=run is None and not force))
+            speaks = distributed.rank() == 0
+            with _logged(folder) if speaks else nullcontext():
+                bar = speaks and _wants_bar(progress)
+                run = train(config, seed, splits, folder, progress=bar)
         finished.append(run)
     return finished
+
+
+def _find(folder: Path) -> results.Run | None:
+    return results.load_run(folder) if results.is_finished(folder) else None
 
 
 def forget(folder: Path, *, keep_state: bool = False) -> None:

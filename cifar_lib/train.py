@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cifar_lib import checkpoint, results
+from cifar_lib import checkpoint, distributed, results
 from cifar_lib.augment import augment_batch
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
@@ -57,12 +58,21 @@ def train(
         FloatingPointError: a loss was not finite; names epoch and step. The last good
             training state stays in `run_dir`.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    distributed.check_divisible(config, len(splits.train))
+    lock = FileLock(run_dir / ".lock", timeout=0)
+
+    def acquire() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"{run_dir}: another process is training this run") from None
+
+    distributed.on_main(acquire)
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            return _train(config, seed, splits, run_dir, progress)
-    except Timeout:
-        raise ValueError(f"{run_dir}: another process is training this run") from None
+        return _train(config, seed, splits, run_dir, progress)
+    finally:
+        lock.release()
 
 
 def _train(
@@ -72,9 +82,10 @@ def _train(
     execution = choose_execution(config)
     state = TrainState.start(config, seed, splits, execution)
     state.resume(run_dir)
-    results.save_config(run_dir, config)
+    distributed.on_main(lambda: results.save_config(run_dir, config))
     prepare_device(execution, config.deterministic)
     compile_seconds = _compile(state, execution) if config.compile else 0.0
+    state.forward = distributed.wrap(state.forward, execution.device)
     load = OtherLoad()
     began = time.perf_counter()
 
@@ -85,16 +96,16 @@ def _train(
         metrics["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         state.record(metrics, run_dir)
-        state.other_load = max(state.other_load, load.share())
-        checkpoint.save_checkpoint(run_dir, state.to_dict())
+        state.other_load = max(state.other_load, load.share(distributed.size_here()))
+        distributed.on_main(lambda: checkpoint.save_checkpoint(run_dir, state.to_dict()))
         logger.info(_epoch_line(metrics, config.epochs))
 
     summary = finish(state, splits, execution, run_dir)
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)
     summary["result"]["other_load"] = round(state.other_load, 3)
-    results.save_summary(run_dir, summary)
+    distributed.on_main(lambda: results.save_summary(run_dir, summary))
     logger.info(_result_line(summary["result"]))
-    return results.load_run(run_dir)
+    return distributed.on_main(lambda: results.load_run(run_dir))
 
 
 def check_runnable(config: TrainConfig) -> None:
@@ -106,6 +117,7 @@ def check_runnable(config: TrainConfig) -> None:
     """
     choose_execution(config)
     check_transfer(config)
+    distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
         build_model(config, 10)
 
@@ -127,13 +139,15 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
     config, seed, epoch, device = state.config, state.seed, state.epoch, execution.device
     factor_at = build_schedule(config, state.steps_per_epoch)
     generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
-    torch.manual_seed(_epoch_seed(seed, epoch))  # dropout draws from the global generator
+    # Dropout draws from the global generator, each rank for its own slice of the batch.
+    torch.manual_seed(_epoch_seed(seed, epoch) + (distributed.rank() << 40))
     order = _order(state, generator)
     size = min(config.batch_size, len(state.data))
     steps = max(1, len(order) // size)
     losses = torch.zeros(steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    micro = config.micro_batch_size or size
+    share = size // distributed.size()  # images of a step that are this rank's
+    micro = config.micro_batch_size or share
     set_training_mode(state.model)
 
     for step in tqdm(
@@ -154,6 +168,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
             generator=generator,
             dtype=execution.dtype,
         )
+        images, targets, index = map(distributed.shard, (images, targets, index))
         state.optimizer.zero_grad(set_to_none=True)
         for x, y, which in zip(
             images.split(micro), targets.split(micro), index.split(micro), strict=True
@@ -165,7 +180,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
                 logits, y, label_smoothing=config.label_smoothing, reduction="none"
             )
             state.last_losses[which] = each.detach()
-            loss = each.sum() / size
+            loss = each.sum() / share
             state.scaler.scale(loss).backward()
             losses[step] += loss.detach()
             hard = y if y.ndim == 1 else y.argmax(1)
@@ -175,7 +190,10 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         if state.average is not None:
             state.average.update_parameters(state.model)
 
-    by_step = losses.cpu()
+    distributed.take_buffers(state.model, state.average)
+    if distributed.size() > 1 and config.keep_hardest < 1:
+        _exchange_losses(state, order.split(size)[:steps])
+    by_step = torch.stack(distributed.gather(losses.cpu())).mean(0)
     if not bool(torch.isfinite(by_step).all()):
         step = int((~torch.isfinite(by_step)).nonzero()[0])
         raise FloatingPointError(
@@ -187,7 +205,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         "epoch": epoch + 1,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "train_loss": float(by_step.mean()),
-        "train_accuracy": int(correct) / (steps * size),
+        "train_accuracy": sum(distributed.gather(int(correct))) / (steps * size),
     }
 
 
@@ -200,6 +218,15 @@ def _order(state: TrainState, generator: torch.Generator) -> Tensor:
     hardest = state.last_losses.topk(max(1, round(n * config.keep_hardest))).indices
     kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill(0, hardest, True)
     return order[kept[order]]
+
+
+def _exchange_losses(state: TrainState, batches: Sequence[Tensor]) -> None:
+    """Brings every rank the losses of the images that the others had, batch after batch."""
+    last = state.last_losses
+    by_rank = [losses.to(last.device) for losses in distributed.gather(last.cpu())]
+    for index in batches:
+        for part, losses in zip(index.tensor_split(len(by_rank)), by_rank, strict=True):
+            last[part] = losses[part]
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -226,7 +253,8 @@ def _compile(state: TrainState, execution: Execution) -> float:
     mode = "max-autotune" if execution.device.type == "cuda" else None
     state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
     before = copy.deepcopy(state.model.state_dict())
-    size = config.micro_batch_size or min(config.batch_size, len(state.data))
+    share = min(config.batch_size, len(state.data)) // distributed.size()
+    size = config.micro_batch_size or share
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     for pixels in {side, config.low_resolution or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)

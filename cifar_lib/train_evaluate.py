@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cifar_lib import results
+from cifar_lib import distributed, results
 from cifar_lib.data import ImageSet, Splits, load_splits
 from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
 from cifar_lib.execution import (
@@ -40,14 +41,14 @@ def validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
 def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Path) -> Metrics:
     """Reads the test set, once, with the weights that validation chose."""
     config, test = state.config, splits.test
-    weights = results.load_weights(run_dir)
+    weights = distributed.on_main(lambda: results.load_weights(run_dir))
     state.evaluated_model.load_state_dict(weights)
     began = time.perf_counter()
     logits = {"test": _logits(state, test, execution)}
     if config.tta != "none":
         logits["test_tta"] = _logits(state, test, execution, tta=True)
     evaluation_seconds = time.perf_counter() - began
-    results.save_logits(run_dir, logits)
+    distributed.on_main(lambda: results.save_logits(run_dir, logits))
     train_seconds = math.fsum(row["seconds"] for row in state.history)
     seen = state.steps_per_epoch * min(config.batch_size, len(state.data)) * state.epoch
     return {
@@ -78,7 +79,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
             "weights": state.pretrained,
         },
         "normalization": {"mean": state.mean.tolist(), "std": state.std.tolist()},
-        "hardware": describe_hardware(execution),
+        "hardware": describe_hardware(execution) | {"processes": distributed.size()},
         "environment": describe_environment(),
         "git_commit": git_commit(),
         "code_sha256": training_code_sha256(),
@@ -126,9 +127,9 @@ def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
 
 
 def _logits(state: TrainState, images: ImageSet, execution: Execution, tta: bool = False) -> Tensor:
-    return predict_logits(
+    logits = predict_logits(
         state.evaluated_model,
-        images.images,
+        distributed.shard(images.images),
         mean=state.mean,
         std=state.std,
         batch_size=state.config.eval_batch_size,
@@ -136,3 +137,4 @@ def _logits(state: TrainState, images: ImageSet, execution: Execution, tta: bool
         channels_last=state.config.channels_last,
         tta=state.config.tta if tta else "none",
     )
+    return torch.cat(distributed.gather(logits))[: len(images)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cifar_lib import checkpoint, results
+from cifar_lib import checkpoint, distributed, results
 from cifar_lib.augment import normalize
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import ImageSet, Splits
@@ -114,8 +114,9 @@ class TrainState:
         value, best = metrics["val_accuracy"], self.best["val_accuracy"]
         if value is None or best is None or value > best:
             self.best = {k: metrics[k] for k in ("epoch", "val_accuracy", "val_loss")}
-            results.save_weights(run_dir, self.evaluated_model.state_dict())
-        results.save_metrics(run_dir, self.history)
+            weights = self.evaluated_model.state_dict()
+            distributed.on_main(lambda: results.save_weights(run_dir, weights))
+        distributed.on_main(lambda: results.save_metrics(run_dir, self.history))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that `resume` needs, in tensors and plain values."""
@@ -134,15 +135,10 @@ class TrainState:
 
     def resume(self, run_dir: Path) -> None:
         """Takes up the state saved in a run's folder, if it is this run's."""
-        saved = checkpoint.load_checkpoint(run_dir)
+        if len(set(distributed.gather(self.key))) > 1:
+            raise ValueError("the ranks differ in code, configuration or data; they must be alike")
+        saved = distributed.on_main(lambda: self._load(run_dir))
         if saved is None:
-            return
-        if saved["key"] != self.key:
-            aside = checkpoint.set_aside(run_dir)
-            logger.warning(
-                "this training state is of other code or data: starting again; it is kept: %s",
-                aside,
-            )
             return
         self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
         self.other_load = saved["other_load"]
@@ -153,3 +149,13 @@ class TrainState:
             self.average.load_state_dict(saved["average"])
         self.scaler.load_state_dict(saved["scaler"])
         logger.info("resuming after epoch %d of %d", self.epoch, self.config.epochs)
+
+    def _load(self, run_dir: Path) -> dict[str, Any] | None:
+        saved = checkpoint.load_checkpoint(run_dir)
+        if saved is None or saved["key"] == self.key:
+            return saved
+        logger.warning(
+            "this training state is of other code or data: starting again; it is kept: %s",
+            checkpoint.set_aside(run_dir),
+        )
+        return None

@@ -17,6 +17,7 @@ ROOMS = [
     "files",
     "launch",
     "execution",
+    "distributed",
     "data",
     "augment",
     "fast",
