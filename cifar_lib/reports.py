@@ -13,7 +13,7 @@ from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import DataInfo
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import describe_environment, git_commit
-from cifar_lib.files import write_atomic, write_json
+from cifar_lib.files import inside, write_atomic, write_json
 from cifar_lib.results import Run, metrics_frame
 
 SCHEMA = 1
@@ -39,13 +39,16 @@ class Report:
         """Opens a report.
 
         Args:
-            folder: where to, from the root of the checkout; empty writes nothing.
+            folder: where to, from the root of the checkout or absolute; empty writes nothing.
             notebook: the notebook's name without suffix.
             experiment: the name of its parameter file without suffix.
             preset: `quick`, `full`, or another name for a reader's own.
             question: what the experiment asks, one sentence.
+
+        Raises:
+            ValueError: `folder` leads out of the checkout and is not absolute.
         """
-        self.folder = ROOT / folder if folder else None
+        self.folder = inside(ROOT, folder, "report_dir") if folder else None
         self.head = {
             "schema": SCHEMA,
             "experiment": experiment,

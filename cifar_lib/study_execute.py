@@ -159,9 +159,14 @@ def _move_into_place(scratch: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     new, old = (destination.with_name(f".{destination.name}.{name}") for name in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    shutil.move(scratch, new)  # beside the destination, even from another disk
+    try:
+        shutil.copytree(scratch, new)  # beside the destination, even from another disk
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(destination, old)
     os.replace(new, destination)
-    shutil.rmtree(old, ignore_errors=True)
+    for folder in (old, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
