@@ -86,8 +86,14 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
             stdout_file=_Tee(log, console),
             stderr_file=log,
             cwd=str(ROOT),
-            # On loopback; without this a kernel warns about it at every start.
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            config=Config(
+                {
+                    # On loopback; without this a kernel warns about it at every start.
+                    "KernelManager": {"transport_encryption": "auto"},
+                    # At the end all is on disk; at Ctrl-C nothing waits for a cell's end.
+                    "PapermillNotebookClient": {"shutdown_kernel": "immediate"},
+                }
+            ),
         )
     _complete(scratch, key)
     _move_into_place(scratch, experiment.destination)
