@@ -49,9 +49,13 @@ def plain_name(name: str, field: str) -> str:
 
 def with_remedy(error: OSError, path: Path | None = None) -> OSError:
     """The same error, saying which path and, where that is known, what to do."""
-    remedy = _REMEDIES.get(error.errno or 0)
+    # By its text as well: several errors of a copied folder come as one, without a number.
+    found = (r for n, r in _REMEDIES.items() if n == error.errno or os.strerror(n) in str(error))
+    remedy = next(found, None)
     if not remedy or remedy in str(error):
         return error
+    if error.errno is None:
+        return OSError(f"{error}; {remedy}")
     where = path or error.filename
     return OSError(error.errno, f"{error.strerror}; {remedy}", str(where) if where else None)
 

@@ -1,5 +1,6 @@
 """Reports: what a notebook leaves behind, and how it is read back."""
 
+import io
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -60,8 +61,9 @@ class Report:
     def figure(self, name: str, figure: Figure) -> Figure:
         """Saves a figure as `figures/<name>.png` and hands it back for display."""
         if self.folder:
-            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+            content = io.BytesIO()
+            figure.savefig(content, dpi=100, bbox_inches="tight", format="png")
+            write_atomic(self.folder / "figures" / f"{name}.png", content.getvalue())
         return figure
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:

@@ -145,6 +145,8 @@ class TrainState:
         Raises:
             ValueError: a file there is no training state, or not of this model.
         """
+        for stray in run_dir.glob(".*.tmp"):  # of a process killed in the middle of a write
+            stray.unlink()
         saved = checkpoint.load_checkpoint(run_dir)
         if saved is None:
             return
