@@ -217,7 +217,7 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
 
 
 _repr = reprlib.Repr()  # bounded: a few lines of YAML with aliases stand for gigabytes of text
-_repr.maxstring = _repr.maxother = 80
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 
 
 def _explain(error: Any) -> str:

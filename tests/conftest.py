@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from hypothesis import given, settings
 
 from cifar_lib import __main__ as cli
 from cifar_lib.config import TrainConfig
@@ -88,6 +89,25 @@ epochs: 1000
 batch_size: 50
 precision: fp32
 """
+
+
+def many(short: int, long: int, **strategies):
+    """Tries a property often: `short` times in the normal suite, `long` times under `long`.
+
+    The short one tries the same every time; the long one tries others each time.
+    """
+
+    def decorate(body):
+        @pytest.mark.timeout(3600)
+        @pytest.mark.parametrize("times", [short, pytest.param(long, marks=pytest.mark.long)])
+        def test(times):
+            options = {"max_examples": times, "derandomize": times == short, "deadline": None}
+            settings(**options, database=None)(given(**strategies)(body))()
+
+        test.__name__, test.__doc__ = body.__name__, body.__doc__
+        return test
+
+    return decorate
 
 
 class Clone:
