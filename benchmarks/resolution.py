@@ -9,19 +9,14 @@ images are noise, the first turn warms up and is not counted.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-from loop import noise, seconds
+from loop import noise
+from timing import seconds, write
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import (
-    OtherLoad,
-    choose_execution,
-    describe_environment,
-    describe_hardware,
-)
+from cifar_lib.execution import OtherLoad, choose_execution
 from cifar_lib.models import flops_per_image
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
@@ -55,7 +50,7 @@ def main() -> None:
     load = OtherLoad()
     for turn in range(turns + 1):
         for case, state in states.items():
-            spent = seconds(lambda state=state: train_epoch(state, execution), execution)  # type: ignore[misc]
+            spent = seconds(lambda state=state: train_epoch(state, execution), execution)
             if turn:  # the first one warms up
                 rates[case].append(TURN * BATCH / spent)
     results = []
@@ -75,11 +70,8 @@ def main() -> None:
             f"{max(values):,.1f}), {results[-1]['times_as_long_as_32']:.1f} times as long as 32 px",
             flush=True,
         )
-    if options.out:
-        facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
-        steps = {"batch_size": BATCH, "steps": turns * TURN, "other_load": load.share()}
-        record = {**facts, **steps, "results": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    steps = {"batch_size": BATCH, "steps": turns * TURN, "other_load": load.share()}
+    write(options.out, results, **steps)
 
 
 if __name__ == "__main__":

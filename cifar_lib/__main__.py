@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from cifar_lib.files import shown, with_remedy
 from cifar_lib.launch import restart_with_allocator
+from cifar_lib.train_stop import listening
 
 app = typer.Typer(
     name="cifar_lib",
@@ -35,9 +37,9 @@ def study(
     failed = study.study(preset, only, seeds, force)
     if preset == "full":
         for path in index.write_generated():
-            typer.echo(f"updated {_shown(path)}")
+            typer.echo(f"updated {shown(path)}")
     else:
-        typer.echo(f"index: {_shown(index.write_preset_index(preset))}")
+        typer.echo(f"index: {shown(index.write_preset_index(preset))}")
     if failed:
         raise typer.Exit(1)
 
@@ -77,7 +79,7 @@ def train(
         config: TrainConfig = parse_config(values)
         finished = runs(config, seeds or [0], experiment=params.stem, force=force)
         for run in finished if distributed.rank() == 0 else []:
-            _print_result(run.summary["result"], _shown(run.path))
+            _print_result(run.summary["result"], shown(run.path))
 
 
 @app.command()
@@ -88,7 +90,7 @@ def evaluate(
     from cifar_lib.results import load_run
     from cifar_lib.train_evaluate import evaluate_run
 
-    _print_result(evaluate_run(load_run(run)), _shown(run))
+    _print_result(evaluate_run(load_run(run)), shown(run))
 
 
 @app.command()
@@ -163,7 +165,7 @@ def report(
 
     paths = index.drifted_files() if check else index.write_generated()
     for path in paths:
-        typer.echo(f"{'drifted' if check else 'updated'}: {_shown(path)}")
+        typer.echo(f"{'drifted' if check else 'updated'}: {shown(path)}")
     if check and paths:
         raise typer.Exit(1)
 
@@ -187,31 +189,28 @@ def _print_result(result: dict[str, Any], where: str) -> None:
     typer.echo(f"{', '.join(parts)}  {where}")
 
 
-def _shown(path: Path) -> str:
-    from cifar_lib.config import ROOT
-
-    path = path.resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
 def main() -> None:
     """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        status = app(standalone_mode=False)
+        with listening():
+            status = app(standalone_mode=False)
     except _USAGE_ERROR as error:
         print(f"error: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last epoch", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:  # by a signal
+        print("stopped; the same command goes on after what is finished", file=sys.stderr)
+        sys.exit(stop.code)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
+    except OSError as error:
+        print(f"error: {with_remedy(error)}", file=sys.stderr)
+        sys.exit(1)
+    except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cifar_lib.files import sync_folder, write_atomic
+from cifar_lib.files import shown, sync_folder, write_atomic
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 DIGEST_BYTES = 32
@@ -45,6 +45,9 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     Returns:
         The state, on the CPU; None when there is none. A torn or altered file is named in a
         warning and the one before it is used.
+
+    Raises:
+        ValueError: a file is whole but no training state; nothing in it was run.
     """
     for name in (LAST, PREVIOUS):
         path = run_dir / name
@@ -53,12 +56,25 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         content = path.read_bytes()
         payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
         if hashlib.sha256(payload).digest() == digest:
-            state: dict[str, Any] = torch.load(
-                io.BytesIO(payload), map_location="cpu", weights_only=True
-            )
-            return state
-        logger.warning("%s is torn or altered (checksum differs); using the state before it", path)
+            return _parse(payload, path)
+        logger.warning(
+            "%s is torn or altered (checksum differs); using the state before it", shown(path)
+        )
     return None
+
+
+def _parse(payload: bytes, path: Path) -> dict[str, Any]:
+    """Reads tensors, numbers and strings; a checksum is no signature, so nothing else."""
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes the unpickler raise nearly anything
+        state = type(error).__name__
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{shown(path)}: not a training state, nothing in it was run ({str(state)[:80]}); "
+            "remove it to go on from the state before, or to start again"
+        )
+    return state
 
 
 def set_aside(run_dir: Path) -> Path:

@@ -8,6 +8,7 @@ before anything is loaded.
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,7 +168,9 @@ class TrainConfig(BaseModel):
     channels_last: bool = Field(True, description="memory format of images and weights")
     compile: bool = Field(False, description="torch.compile the model")
     deterministic: bool = Field(
-        False, description="deterministic algorithms only (a CPU run is deterministic anyway)"
+        False,
+        description="deterministic algorithms only, slower on CUDA. A CPU run repeats to the bit "
+        "anyway, with the same number of threads: another one adds in another order",
     )
 
     @model_validator(mode="after")
@@ -243,15 +246,20 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
         raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
 
 
+_repr = reprlib.Repr()  # bounded: a few lines of YAML with aliases stand for gigabytes of text
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
+
+
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    value = _repr.repr(error["input"])
     if error["type"] == "extra_forbidden":
-        return f"unknown field {name!r} (value {error['input']!r}); fields are: " + ", ".join(
+        return f"unknown field {name!r} (value {value}); fields are: " + ", ".join(
             TrainConfig.model_fields
         )
     if not name:  # a rule between fields: its message names them
         return str(error["msg"]).removeprefix("Value error, ")
-    return f"{name}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{name}: got {value}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -276,7 +284,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
-    except (ValueError, TypeError, yaml.YAMLError, OSError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

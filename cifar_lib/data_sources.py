@@ -194,7 +194,8 @@ def _read_parquet(paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes, int]]:
 
     for path in paths:
         try:
-            with pq.ParquetFile(path) as file:
+            # Not every writer adds checksums; where they are, they are held.
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read()
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
@@ -226,9 +227,12 @@ def _decode(rows: Iterable[tuple[str, bytes, int]], classes: int) -> tuple[Tenso
         if not isinstance(label, int) or not 0 <= label < classes:
             raise ValueError(f"{name}: label {label!r}, allowed are 0..{classes - 1}; correct it")
         try:
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
+            with _open(content) as picture:
                 size = picture.size
-                pixels.append(picture.convert("RGB").tobytes())
+                picture.verify()  # the checksums of a PNG, which decoding leaves unread
+            if size == (32, 32):
+                with _open(content) as picture:
+                    pixels.append(picture.convert("RGB").tobytes())
         except Exception as error:  # broken content makes Pillow raise nearly anything
             kind = type(error).__name__
             raise ValueError(f"{name}: not a whole PNG or JPEG ({kind}); replace it") from None
@@ -239,6 +243,10 @@ def _decode(rows: Iterable[tuple[str, bytes, int]], classes: int) -> tuple[Tenso
     images = torch.from_numpy(np.frombuffer(bytearray().join(pixels), np.uint8))
     images = images.view(len(labels), 32, 32, 3).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(labels, dtype=torch.int64), lossy
+
+
+def _open(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
 
 
 def _read(path: Path) -> bytes:

@@ -1,11 +1,63 @@
 """Files that are whole or not there: atomic writes and content hashes."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from cifar_lib.config import ROOT
+
+_FREE, _ALLOW = "free some space and start again", "make it writable and start again"
+_REMEDIES = {errno.ENOSPC: _FREE, errno.EDQUOT: _FREE, errno.EROFS: _ALLOW, errno.EACCES: _ALLOW}
+
+
+def shown(path: Path) -> str:
+    """A path as messages show it: from the checkout where it lies inside."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def inside(root: Path, folder: str, field: str) -> Path:
+    """The path of a folder that a parameter names from `root`, or absolute anywhere.
+
+    Raises:
+        ValueError: a relative path leads out of `root`; names the field.
+    """
+    path = Path(os.path.normpath(root / folder))
+    if not path.is_relative_to(root) and not Path(folder).is_absolute():
+        raise ValueError(
+            f"{field}: got {folder!r}, which leads out of {root.name}/; "
+            "allowed are paths inside it and absolute ones"
+        )
+    return path
+
+
+def plain_name(name: str, field: str) -> str:
+    """Returns a name that becomes a file's or a folder's, refusing what would be another place.
+
+    Raises:
+        ValueError: it is empty, hidden or holds a separator; names the field.
+    """
+    if not name or name.startswith(".") or {"/", os.sep, "\0"} & set(name):
+        raise ValueError(f"{field}: got {name!r}; allowed is a name without / and leading dot")
+    return name
+
+
+def with_remedy(error: OSError, path: Path | None = None) -> OSError:
+    """The same error, saying which path and, where that is known, what to do."""
+    # By its text as well: several errors of a copied folder come as one, without a number.
+    found = (r for n, r in _REMEDIES.items() if n == error.errno or os.strerror(n) in str(error))
+    remedy = next(found, None)
+    if not remedy or remedy in str(error):
+        return error
+    if error.errno is None:
+        return OSError(f"{error}; {remedy}")
+    where = path or error.filename
+    return OSError(error.errno, f"{error.strerror}; {remedy}", str(where) if where else None)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -19,18 +71,23 @@ def write_atomic(path: Path, content: bytes) -> None:
         content: all of it.
 
     Raises:
-        OSError: as the system says (disk full, no permission); the temporary file is removed.
+        OSError: as the system says (disk full, no permission), with the path and what to do;
+            the temporary file is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # what happened before it is what counts
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise with_remedy(error, path) from None
     sync_folder(path.parent)
 
 

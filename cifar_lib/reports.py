@@ -1,5 +1,6 @@
 """Reports: what a notebook leaves behind, and how it is read back."""
 
+import io
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import DataInfo
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import describe_environment, git_commit
-from cifar_lib.files import write_atomic, write_json
+from cifar_lib.files import inside, write_atomic, write_json
 from cifar_lib.results import Run, metrics_frame
 
 SCHEMA = 1
@@ -39,13 +40,16 @@ class Report:
         """Opens a report.
 
         Args:
-            folder: where to, from the root of the checkout; empty writes nothing.
+            folder: where to, from the root of the checkout or absolute; empty writes nothing.
             notebook: the notebook's name without suffix.
             experiment: the name of its parameter file without suffix.
             preset: `quick`, `full`, or another name for a reader's own.
             question: what the experiment asks, one sentence.
+
+        Raises:
+            ValueError: `folder` leads out of the checkout and is not absolute.
         """
-        self.folder = ROOT / folder if folder else None
+        self.folder = inside(ROOT, folder, "report_dir") if folder else None
         self.head = {
             "schema": SCHEMA,
             "experiment": experiment,
@@ -57,8 +61,9 @@ class Report:
     def figure(self, name: str, figure: Figure) -> Figure:
         """Saves a figure as `figures/<name>.png` and hands it back for display."""
         if self.folder:
-            (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+            content = io.BytesIO()
+            figure.savefig(content, dpi=100, bbox_inches="tight", format="png")
+            write_atomic(self.folder / "figures" / f"{name}.png", content.getvalue())
         return figure
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:

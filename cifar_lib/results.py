@@ -131,9 +131,21 @@ def load_run(run_dir: str | Path) -> Run:
         summary = json.loads((run_dir / SUMMARY).read_text())
         metrics = pd.read_csv(run_dir / METRICS)
         config = parse_config(read_yaml(run_dir / CONFIG))
+        _check(summary)
         return Run(run_dir, config, int(summary["seed"]), metrics, summary)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run_dir}: broken run record: {error}") from None
+
+
+def _check(summary: dict[str, Any]) -> None:
+    """Refuses a summary without what evaluation and prediction build on."""
+    names, statistics = summary["class_names"], summary["normalization"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names: got {names!r:.80}; allowed is a list of names")
+    for key in ("mean", "std"):
+        if not (values := statistics[key]) or [type(v) for v in values] != 3 * [float]:
+            raise ValueError(f"normalization {key}: got {values!r:.80}; allowed are three floats")
+    _ = summary["result"]["seed"], summary["dataset"]["sha256"]
 
 
 def metrics_frame(runs: list[Run]) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import TextIO
 from papermill.exceptions import PapermillExecutionError
 
 from cifar_lib.config import ROOT
+from cifar_lib.files import with_remedy
 from cifar_lib.study_execute import (
     execute,
     forget_runs,
@@ -83,7 +84,7 @@ def study(
 def _last_line(error: Exception) -> str:
     if isinstance(error, PapermillExecutionError):
         return f"{error.ename}: {error.evalue}"
-    return str(error)
+    return str(with_remedy(error) if isinstance(error, OSError) else error)
 
 
 def _time(seconds: float) -> str:

@@ -88,8 +88,14 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
             stdout_file=_Tee(log, console),
             stderr_file=log,
             cwd=str(ROOT),
-            # On loopback; without this a kernel warns about it at every start.
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+            config=Config(
+                {
+                    # On loopback; without this a kernel warns about it at every start.
+                    "KernelManager": {"transport_encryption": "auto"},
+                    # At the end all is on disk; at Ctrl-C nothing waits for a cell's end.
+                    "PapermillNotebookClient": {"shutdown_kernel": "immediate"},
+                }
+            ),
         )
     _complete(scratch, key)
     _move_into_place(scratch, experiment.destination)
@@ -161,9 +167,14 @@ def _move_into_place(scratch: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     new, old = (destination.with_name(f".{destination.name}.{name}") for name in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    shutil.move(scratch, new)  # beside the destination, even from another disk
+    try:
+        shutil.copytree(scratch, new)  # beside the destination, even from another disk
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if destination.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(destination, old)
     os.replace(new, destination)
-    shutil.rmtree(old, ignore_errors=True)
+    for folder in (old, scratch):
+        shutil.rmtree(folder, ignore_errors=True)

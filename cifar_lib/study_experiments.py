@@ -9,6 +9,7 @@ from typing import Any
 import papermill
 
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.files import inside, plain_name, shown
 from cifar_lib.train import check_runnable
 
 # What the runner itself tells a notebook, beside the parameters of the file.
@@ -96,7 +97,11 @@ def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> lis
 
 def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
     known = {"notebook", "params", "seeds", "minutes_per_seed"}
-    if not isinstance(entry, dict) or not {"notebook", "params"} <= entry.keys() <= known:
+    if (
+        not isinstance(entry, dict)
+        or not {"notebook", "params"} <= entry.keys() <= known
+        or not all(isinstance(entry[key], str) for key in ("notebook", "params"))
+    ):
         raise ValueError(
             f"params/study.yaml, preset {preset!r}: got {entry!r}; an experiment has "
             f"notebook, params and optionally seeds, minutes_per_seed"
@@ -107,19 +112,19 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
         raise ValueError(f"{entry['params']}: seeds: got {seeds!r}; allowed are different ints ≥ 0")
     if not isinstance(minutes, int | float) or minutes <= 0:
         raise ValueError(f"{entry['params']}: minutes_per_seed: got {minutes!r}; allowed is > 0")
-    path = ROOT / "params" / entry["params"]
+    path = inside(ROOT / "params", entry["params"], "params")
     parameters = read_yaml(path)
     experiment = Experiment(
-        preset,
-        entry["notebook"],
-        path.stem,
+        plain_name(preset, "preset"),
+        plain_name(entry["notebook"], "notebook"),
+        plain_name(path.stem, "params"),
         parameters,
         seeds,
         minutes,
     )
     if not experiment.source.is_file():
         raise ValueError(f"params/study.yaml: no notebook {experiment.source.relative_to(ROOT)}")
-    check_parameters(parameters, experiment.source, path.relative_to(ROOT))
+    check_parameters(parameters, experiment.source, shown(path))
     return experiment
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from cifar_lib.checkpoint import remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.execution import training_code_sha256
+from cifar_lib.files import plain_name
 from cifar_lib.train import check_runnable, train
 
 RUNS = "runs"
@@ -44,8 +45,14 @@ def runs(
 
     Returns:
         The runs in the order of `seeds`.
+
+    Raises:
+        ValueError: the configuration cannot run here, or a name leads to another place.
     """
     check_runnable(config)
+    plain_name(experiment, "experiment")
+    if not all(isinstance(seed, int) for seed in seeds):  # a seed, too, names a folder
+        raise ValueError(f"seeds: got {list(seeds)!r}; allowed are ints")
     splits = splits or distributed.on_main(lambda: load_splits(config))
     distributed.check_divisible(config, len(splits.train))
     finished = []
@@ -83,6 +90,7 @@ def _logged(folder: Path) -> Iterator[None]:
     logger = logging.getLogger("cifar_lib")
     level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    file.handleError = lambda record: None  # type: ignore[method-assign]  # training tells it
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     logger.setLevel(logging.INFO)
     for handler in handlers:
@@ -93,7 +101,8 @@ def _logged(folder: Path) -> Iterator[None]:
         logger.setLevel(level)
         for handler in handlers:
             logger.removeHandler(handler)
-        file.close()
+        with suppress(OSError):
+            file.close()
 
 
 def _wants_bar(progress: bool | None) -> bool:

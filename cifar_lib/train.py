@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cifar_lib import checkpoint, distributed, results
+from cifar_lib import distributed, results, train_stop
 from cifar_lib.augment import augment_batch
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
@@ -90,15 +90,17 @@ def _train(
     began = time.perf_counter()
 
     while state.epoch < config.epochs and not state.stopped_early:
+        train_stop.epoch_begins()
         metrics = train_epoch(state, execution, progress)
         metrics |= validate(state, splits.val, execution)
         _check_finite(state, metrics)
         metrics["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
-        state.record(metrics, run_dir)
+        state.record(metrics)
         state.other_load = max(state.other_load, load.share(distributed.size_here()))
-        distributed.on_main(lambda: checkpoint.save_checkpoint(run_dir, state.to_dict()))
+        distributed.on_main(lambda: state.save(run_dir))
         logger.info(_epoch_line(metrics, config.epochs))
+        train_stop.epoch_ended()
 
     summary = finish(state, splits, execution, run_dir)
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)

@@ -15,6 +15,7 @@ from cifar_lib.config import TrainConfig
 from cifar_lib.data import ImageSet, Splits
 from cifar_lib.execution import Execution, training_code_sha256
 from cifar_lib.fast import use_fast_paths
+from cifar_lib.files import shown
 from cifar_lib.models import build_model
 from cifar_lib.models.speed_net import SpeedNet
 from cifar_lib.models.transfer import expected_statistics, load_pretrained
@@ -107,16 +108,25 @@ class TrainState:
         patience = self.config.early_stopping
         return patience > 0 and self.epoch - self.best["epoch"] >= patience
 
-    def record(self, metrics: dict[str, Any], run_dir: Path) -> None:
-        """Adds an epoch to the history; keeps the weights where validation improved."""
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Adds an epoch to the history and notes whether validation improved."""
         self.epoch = metrics["epoch"]
         self.history.append(metrics)
         value, best = metrics["val_accuracy"], self.best["val_accuracy"]
         if value is None or best is None or value > best:
             self.best = {k: metrics[k] for k in ("epoch", "val_accuracy", "val_loss")}
-            weights = self.evaluated_model.state_dict()
-            distributed.on_main(lambda: results.save_weights(run_dir, weights))
-        distributed.on_main(lambda: results.save_metrics(run_dir, self.history))
+
+    def save(self, run_dir: Path) -> None:
+        """Saves the state, then the weights where validation improved, and the history."""
+        # The state first: weights of an epoch that no state knows could never be told from
+        # those of the best one. What a stop in between leaves out, `resume` makes up for.
+        checkpoint.save_checkpoint(run_dir, self.to_dict())
+        self._save_best(run_dir)
+        results.save_metrics(run_dir, self.history)
+
+    def _save_best(self, run_dir: Path) -> None:
+        if self.best["epoch"] == self.epoch:
+            results.save_weights(run_dir, self.evaluated_model.state_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that `resume` needs, in tensors and plain values."""
@@ -134,28 +144,43 @@ class TrainState:
         }
 
     def resume(self, run_dir: Path) -> None:
-        """Takes up the state saved in a run's folder, if it is this run's."""
+        """Takes up the state saved in a run's folder, if it is this run's.
+
+        Raises:
+            ValueError: a file there is no training state, or not of this model; or the ranks
+                of a distributed run differ.
+        """
         if len(set(distributed.gather(self.key))) > 1:
             raise ValueError("the ranks differ in code, configuration or data; they must be alike")
         saved = distributed.on_main(lambda: self._load(run_dir))
         if saved is None:
             return
-        self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
-        self.other_load = saved["other_load"]
-        self.last_losses = saved["last_losses"].to(self.last_losses.device)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
-        self.scaler.load_state_dict(saved["scaler"])
+        try:
+            self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
+            self.other_load = saved["other_load"]
+            self.last_losses = saved["last_losses"].to(self.last_losses.device)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"])
+            self.scaler.load_state_dict(saved["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{shown(run_dir)}: its training state does not fit this run ({reason}); "
+                f"remove {checkpoint.LAST} and {checkpoint.PREVIOUS} to start again"
+            ) from None
+        distributed.on_main(lambda: self._save_best(run_dir))
         logger.info("resuming after epoch %d of %d", self.epoch, self.config.epochs)
 
     def _load(self, run_dir: Path) -> dict[str, Any] | None:
+        for stray in run_dir.glob(".*.tmp"):  # of a process killed in the middle of a write
+            stray.unlink()
         saved = checkpoint.load_checkpoint(run_dir)
-        if saved is None or saved["key"] == self.key:
+        if saved is None or saved.get("key") == self.key:
             return saved
         logger.warning(
             "this training state is of other code or data: starting again; it is kept: %s",
-            checkpoint.set_aside(run_dir),
+            shown(checkpoint.set_aside(run_dir)),
         )
         return None

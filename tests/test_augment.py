@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as reference
-from hypothesis import given, settings
+from conftest import many
 from hypothesis import strategies as st
 from scipy.stats import beta
 from torch import Tensor
@@ -48,7 +48,6 @@ configs = st.builds(
     cutmix=st.sampled_from([0.0, 1.0]),
     channels_last=st.booleans(),
 )
-short = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -71,8 +70,13 @@ def augmented(config: TrainConfig, images: Tensor, **options: Any) -> tuple[Tens
 # --- the whole chain ------------------------------------------------------------------------
 
 
-@short
-@given(configs, st.integers(1, 20), st.sampled_from([torch.float32, torch.bfloat16]))
+@many(
+    30,
+    1000,
+    config=configs,
+    n=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_shapes_types_and_ranges(config: TrainConfig, n: int, dtype: torch.dtype) -> None:
     images = random_images(n)
     before = images.clone()
@@ -90,8 +94,7 @@ def test_shapes_types_and_ranges(config: TrainConfig, n: int, dtype: torch.dtype
         assert torch.equal(targets, torch.arange(n) % 10)
 
 
-@short
-@given(configs, st.integers(0, 2**32))
+@many(30, 1000, config=configs, seed=st.integers(0, 2**32))
 def test_a_generator_decides_everything(config: TrainConfig, seed: int) -> None:
     first, second = (
         augmented(config, random_images(5), generator=generator(seed)) for _ in range(2)
@@ -99,8 +102,7 @@ def test_a_generator_decides_everything(config: TrainConfig, seed: int) -> None:
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-@short
-@given(configs.map(lambda c: c.model_copy(update={"mixup": 0.0, "cutmix": 0.0})))
+@many(30, 1000, config=configs.map(lambda c: c.model_copy(update={"mixup": 0.0, "cutmix": 0.0})))
 def test_an_image_depends_on_no_other_unless_they_are_mixed(config: TrainConfig) -> None:
     images, others = random_images(6), random_images(6, seed=2)
     others[2] = images[2]

@@ -154,16 +154,6 @@ def test_wrong_md5_is_removed(server: Server, archive: bytes, tmp_path: Path) ->
     assert left_behind(tmp_path / "data") == set()
 
 
-def test_an_archive_may_not_write_elsewhere(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_official(tmp_path / "original", monkeypatch)
-    server.answer = whole(pack(folder, monkeypatch, "../../outside"))
-    with pytest.raises(DownloadError, match="outside the destination"):
-        download_cifar10(tmp_path / "a" / "b")
-    assert not (tmp_path / "outside").exists() and not (tmp_path / "a" / "outside").exists()
-
-
 def test_http_error(server: Server, archive: bytes, tmp_path: Path) -> None:
     server.answer = lambda handler: send(handler, b"", status=404)
     with pytest.raises(DownloadError, match="HTTP Error 404"):

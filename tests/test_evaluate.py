@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import many
+from hypothesis import strategies as st
 from sklearn import metrics
 from torch import Tensor, nn
 
@@ -114,6 +116,38 @@ def test_accuracies_and_losses_agree_with_scikit_learn() -> None:
     assert evaluate.cross_entropy(logits, labels) == pytest.approx(loss)
     brier = ((p - np.eye(10)[y]) ** 2).sum(1).mean()
     assert evaluate.brier_score(logits, labels) == pytest.approx(brier)
+
+
+@many(50, 2000, n=st.integers(1, 60), k=st.integers(2, 12), seed=st.integers(0, 2**32))
+def test_every_metric_agrees_with_its_reference(n: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(k, (n,), generator=generator)
+    logits = (seed % 7) * torch.randn(n, k, generator=generator, dtype=torch.float64)
+    logits += 1e-6 * torch.randn(n, k, generator=generator, dtype=torch.float64)  # no ties
+    y, p, names = labels.numpy(), logits.softmax(1).numpy(), [str(i) for i in range(k)]
+    predicted = p.argmax(1)
+    assert evaluate.accuracy(logits, labels) == metrics.accuracy_score(y, predicted)
+    order = (-p).argsort(1)
+    for top in {1, min(5, k), k}:
+        hits = [y[i] in order[i, :top] for i in range(n)]
+        assert evaluate.top_k_accuracy(logits, labels, top) == pytest.approx(np.mean(hits))
+    loss = metrics.log_loss(y, p, labels=range(k))
+    assert evaluate.cross_entropy(logits, labels) == pytest.approx(loss, abs=1e-9)
+    brier = ((p - np.eye(k)[y]) ** 2).sum(1).mean()
+    assert evaluate.brier_score(logits, labels) == pytest.approx(brier)
+    matrix = metrics.confusion_matrix(y, predicted, labels=range(k))
+    np.testing.assert_array_equal(evaluate.confusion(logits, labels, k), matrix)
+    table = evaluate.per_class(logits, labels, names)
+    given = {"labels": range(k), "average": None, "zero_division": np.nan}
+    np.testing.assert_allclose(table["recall"], metrics.recall_score(y, predicted, **given))
+    np.testing.assert_allclose(table["precision"], metrics.precision_score(y, predicted, **given))
+    error = 0.0
+    for low in np.arange(15) / 15:
+        inside = (p.max(1) > low) & (p.max(1) <= low + 1 / 15)
+        if inside.any():
+            gap = (predicted == y)[inside].mean() - p.max(1)[inside].mean()
+            error += inside.mean() * abs(gap)
+    assert evaluate.calibration_error(logits, labels) == pytest.approx(error, abs=1e-9)
 
 
 def test_confusion_and_classes_agree_with_counting() -> None:

@@ -1,8 +1,11 @@
 """Optimisers do what their names say; schedules keep their bounds and end points."""
 
+import itertools
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from conftest import many
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,14 +24,16 @@ SCHEDULES = [
 ]
 
 
-@given(
+@many(
+    100,
+    3000,
     name=st.sampled_from(SCHEDULES),
     epochs=st.integers(1, 30),
     steps=st.integers(1, 40),
     warmup=st.floats(0.01, 1),
     floor=st.floats(0, 1),
 )
-def test_every_factor_lies_in_0_to_1(name, epochs, steps, warmup, floor):
+def test_every_factor_lies_in_0_to_1_and_moves_without_a_jump(name, epochs, steps, warmup, floor):
     config = TrainConfig(
         schedule=name,
         epochs=epochs,
@@ -40,8 +45,21 @@ def test_every_factor_lies_in_0_to_1(name, epochs, steps, warmup, floor):
     factor = build_schedule(config, steps)
     values = [factor(step) for step in range(epochs * steps)]
     assert all(0 <= value <= 1 for value in values)
-    if name == "constant":
-        assert set(values) == {1.0}
+    moves = [b - a for a, b in itertools.pairwise(values)]
+    if name in ("constant", "step", "multistep", "exponential"):  # falls between epochs alone
+        assert values[0] == 1 and all(move <= 0 for move in moves)
+        assert not any(move for i, move in enumerate(moves, 1) if i % steps)
+        assert name != "constant" or set(values) == {1.0}
+        return
+    total = epochs * steps
+    rise = round(warmup * epochs * steps) if name != "cosine" else 0
+    steepest = math.pi / 2 / min(max(1, rise) if rise else total, max(1, total - rise))
+    assert all(abs(move) <= steepest + 1e-9 for move in moves)
+    assert all(move >= 0 for move in moves[: max(0, rise - 1)])
+    assert all(move <= 1e-12 for move in moves[rise:])
+    low = 0 if name == "one_cycle" else floor
+    if total - rise > 1:  # the last step's factor is a step above the end point
+        assert low - 1e-9 <= values[-1] <= low + math.pi / 2 / (total - rise) + 1e-4
 
 
 @pytest.mark.parametrize("name", ["cosine", "warmup_cosine", "linear", "one_cycle"])

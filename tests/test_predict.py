@@ -2,8 +2,6 @@
 
 import io
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -63,27 +61,16 @@ def test_a_picture_is_turned_as_its_exif_record_says(tmp_path, half_red):
     assert image[0, :10].mean() > 200 > image[0, 22:].mean()  # red is at the top now
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it is 40,000 pixels wide and high."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + check
-
-    head = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
-
-
 def broken(kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)).save(
         buffer, "PNG"
     )
     whole = buffer.getvalue()
-    return {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2], "bomb": bomb()}[kind]
+    return {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2]}[kind]
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut", "bomb"])
+@pytest.mark.parametrize("kind", ["text", "empty", "cut"])
 def test_a_bad_file_is_one_line_with_its_name(tmp_path, kind):
     path = tmp_path / "bad.png"
     path.write_bytes(broken(kind))

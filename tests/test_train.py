@@ -35,7 +35,7 @@ def stop_after(monkeypatch, epoch: int) -> None:
         if state["epoch"] == epoch:
             raise StopError
 
-    monkeypatch.setattr(train_module.checkpoint, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_then_stop)
 
 
 def test_it_learns_and_leaves_a_whole_record(tmp_path, digits, tiny):
