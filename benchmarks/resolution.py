@@ -10,6 +10,7 @@ images are noise, the first turn warms up and is not counted.
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 
 from loop import noise
@@ -50,7 +51,7 @@ def main() -> None:
     load = OtherLoad()
     for turn in range(turns + 1):
         for case, state in states.items():
-            spent = seconds(lambda state=state: train_epoch(state, execution), execution)
+            spent = seconds(partial(train_epoch, state, execution), execution)
             if turn:  # the first one warms up
                 rates[case].append(TURN * BATCH / spent)
     results = []

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from cifar_lib import checkpoint, distributed, results
-from cifar_lib import train as train_module
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
 from cifar_lib.execution import Execution
@@ -67,7 +66,7 @@ cli.main()
 MANY_RUNS = """
 import hashlib
 from test_distributed import StopError, stop_after_epoch
-from cifar_lib import distributed, train
+from cifar_lib import checkpoint, distributed, train
 from cifar_lib.config import TrainConfig, parse_config
 from cifar_lib.study_runs import runs
 
@@ -86,7 +85,7 @@ with distributed.joined():
     runs(plain, [0], experiment="plain")
     runs(plain, [0], experiment="back")
     runs(noisy, [0], experiment="whole")
-    train.checkpoint.save_checkpoint = stop_after_epoch(2, train.checkpoint.save_checkpoint)
+    checkpoint.save_checkpoint = stop_after_epoch(2, checkpoint.save_checkpoint)
     try:
         runs(noisy, [0], experiment="cut")
     except StopError as error:
@@ -168,7 +167,7 @@ def two_ranks(tmp_path_factory, tiny, digits: Splits) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
         patch.setitem(MODELS, "plain", plain)
         stop = stop_after_epoch(1, checkpoint.save_checkpoint)
-        patch.setattr(train_module.checkpoint, "save_checkpoint", stop)
+        patch.setattr(checkpoint, "save_checkpoint", stop)
         train(config, 0, digits, back)  # one process begins, two go on
     noisy = tiny(**NOISY, learning_rate=0.01)
     configs = json.dumps([config.model_dump(), noisy.model_dump()])
