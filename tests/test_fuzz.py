@@ -197,6 +197,35 @@ def test_a_damaged_cache_is_found_out(seed):
             assert (a.images.dtype, a.labels.dtype) == (b.images.dtype, b.labels.dtype)
 
 
+def test_a_cache_of_other_types_is_found_out(monkeypatch, tmp_path):
+    """The same bytes under another type: labels without a sign, pixels with one."""
+    folder = PLACES["png"][0]
+    monkeypatch.setenv("CIFAR_LIB_CACHE", str(tmp_path))
+    first, _ = load_dataset("cifar10", str(folder))
+    (path,) = tmp_path.iterdir()
+    for a, b in ((b'"I64"', b'"U64"'), (b'"U8"', b'"I8"'), (b'"True"', b'"Tru_"')):
+        whole = path.read_bytes()
+        write_atomic(path, whole.replace(a, b) if a in whole else whole.replace(b"False", b"Fa_se"))
+        again, _ = load_dataset("cifar10", str(folder))
+        assert again.labels.dtype == torch.int64 and again.images.dtype == torch.uint8
+        assert again.info == first.info
+
+
+def test_a_png_whose_pixels_do_not_match_its_checksum_is_refused():
+    folder, *_ = PLACES["png"]
+    path = next(folder.rglob("train/*/*.png"))
+    broken = bytearray(path.read_bytes())
+    crc = broken.index(b"IEND") - 8  # the checksum of the last IDAT, which decoding leaves unread
+    broken[crc] ^= 1
+    whole = path.read_bytes()
+    path.write_bytes(broken)
+    try:
+        with pytest.raises(ValueError, match="not a whole PNG"):
+            read(folder)
+    finally:
+        path.write_bytes(whole)
+
+
 # --- pictures -------------------------------------------------------------------------------
 
 
