@@ -168,7 +168,14 @@ def report(
 
 # Typer carries a click of its own and exports only this subclass of its UsageError.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-_REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on", "reported_curve")
+_REPORT_ONLY = (
+    "question",
+    "corruption_images",
+    "reported_accuracy",
+    "reported_by",
+    "reported_on",
+    "reported_curve",
+)
 
 
 def _print_result(result: dict[str, Any], where: str) -> None:

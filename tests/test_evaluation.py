@@ -258,13 +258,16 @@ def test_evidence_lies_where_the_network_looks() -> None:
     for parameter, value in zip(model.parameters(), (1.0, 0.0, 1.0, 0.0), strict=True):
         nn.init.constant_(parameter, value)
     with torch.no_grad():
-        model[-1].weight[1] = -1  # class 0 for bright pixels
+        model[-1].weight[1] = -1  # class 0 for bright pixels, else class 1
+        model[-1].bias[1] = 0.03
     model[0].eval()
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
     images[0, :, 4:12, 20:28] = 200
     images[1, :, 20:28, 0:8] = 100
+    images[2, :, 4:8, 4:8] = 10  # class 1, and what is bright speaks against it
     maps = grad_cam(model, images, mean=ZERO, std=ONE)
-    for image, heat in zip(images, maps, strict=True):
+    assert maps[2].max() == 0
+    for image, heat in zip(images[:2], maps[:2], strict=True):
         torch.testing.assert_close(heat, (image[0] > 0).float())
     assert model.training and not model[0].training
     assert not any(module._forward_hooks for module in model.modules())
