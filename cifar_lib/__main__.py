@@ -1,7 +1,6 @@
 """The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+RunFolder = Annotated[
+    Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT, or: shipped.")
+]
 Preset = Annotated[str, typer.Option(help="A preset in params/study.yaml: quick or full.")]
 Only = Annotated[str, typer.Option(help="Glob over NOTEBOOK/EXPERIMENT, for instance '02*/*'.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0..N-1 instead of the file's.")]
@@ -83,22 +85,34 @@ def train(
 
 
 @app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
-) -> None:
+def evaluate(run: RunFolder) -> None:
     """Evaluate a finished run's weights on the test set again, from its saved weights."""
-    from cifar_lib.results import load_run
+    from cifar_lib.predict import find_run
     from cifar_lib.train_evaluate import evaluate_run
 
-    _print_result(evaluate_run(load_run(run)), shown(run))
+    found = find_run(run)
+    _print_result(evaluate_run(found), shown(found.path))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path | None, typer.Option(help="Another folder than cifar_lib/shipped.")] = None,
+) -> None:
+    """Make a finished run the model that comes with the project: half precision, with its card."""
+    from cifar_lib.predict import SHIPPED
+    from cifar_lib.predict_export import export_run
+    from cifar_lib.results import load_run
+
+    typer.echo(f"wrote {shown(export_run(load_run(run), to or SHIPPED).path)}")
 
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
+    run: RunFolder,
     images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
     form: Annotated[
-        str, typer.Option("--format", help="table, csv or json, on standard output.")
+        str, typer.Option("--format", help="table, csv (pictures alone) or json (all).")
     ] = "table",
     top: Annotated[int, typer.Option(min=1, help="How many classes a picture.")] = 5,
 ) -> None:
@@ -106,11 +120,10 @@ def predict(
     import torch
 
     from cifar_lib import predict as room
-    from cifar_lib.results import load_run
 
-    if form not in _FORMATS:
-        raise ValueError(f"--format: got {form!r}; allowed are {', '.join(_FORMATS)}")
-    finished = load_run(run)
+    if form not in room.FORMATS:
+        raise ValueError(f"--format: got {form!r}; allowed are {', '.join(room.FORMATS)}")
+    finished = room.find_run(run)
     names = finished.summary["class_names"]
     readable, pictures, failed = [], [], False
     for file, label in room.find_images(images, names):
@@ -121,15 +134,10 @@ def predict(
             typer.echo(f"error: {error}", err=True)
             failed = True
     if pictures:
-        probabilities = room.predict_probabilities(finished, torch.stack(pictures))
+        logits = room.run_logits(finished, torch.stack(pictures), tta=True)
+        probabilities = logits.softmax(1)
         frame = room.predictions_frame(readable, probabilities, names, top)
-        typer.echo(_FORMATS[form](frame).rstrip())
-        scored = room.score(readable, probabilities, names)
-        if scored and form == "table":
-            totals, table = scored
-            top1, top5 = (f"{100 * totals[key]:.2f} %" for key in ("top1", "top5"))
-            typer.echo(f"\n{totals['n']:.0f} labelled: top-1 {top1}, top-5 {top5}")
-            typer.echo(table.round(4).to_string(index=False))
+        typer.echo(room.render(frame, room.score(readable, probabilities, names), form))
     if failed:
         raise typer.Exit(1)
 
@@ -170,14 +178,16 @@ def report(
         raise typer.Exit(1)
 
 
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "table": lambda frame: frame.fillna("").to_string(index=False),
-    "csv": lambda frame: frame.to_csv(index=False),
-    "json": lambda frame: frame.to_json(orient="records", indent=2, force_ascii=False),
-}
 # Typer carries a click of its own and exports only this subclass of its UsageError.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-_REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on", "reported_curve")
+_REPORT_ONLY = (
+    "question",
+    "corruption_images",
+    "reported_accuracy",
+    "reported_by",
+    "reported_on",
+    "reported_curve",
+)
 
 
 def _print_result(result: dict[str, Any], where: str) -> None:

@@ -1,5 +1,6 @@
 """A run's model on pictures from outside: any size and mode, labelled or not."""
 
+import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,16 +9,20 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_lib.evaluate import per_class, predict_logits, top_k_accuracy
 from cifar_lib.execution import choose_evaluation
 from cifar_lib.models import build_model
-from cifar_lib.results import WEIGHTS, Run, load_state
+from cifar_lib.results import WEIGHTS, Run, load_run, load_state
 
+Score = tuple[dict[str, float], pd.DataFrame]
+FORMATS = ("table", "csv", "json")
 SIZE = 32
 # Of all that Pillow opens; EPS, for one, would be handed to another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SHIPPED = Path(__file__).with_name("shipped")
+"""A finished run with its weights in half precision, small enough for the repository."""
 MAX_PIXELS = 50_000_000
 """A larger picture is refused before it is decoded: a small file can unpack to gigabytes."""
 
@@ -42,7 +47,7 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in inside:
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not hidden:
+            if (file.is_file() or file.is_symlink()) and not file.is_dir() and not hidden:
                 label = file.parent.name if path.is_dir() else ""
                 found.append((file, label if label in class_names else None))
     if not found:
@@ -65,7 +70,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size and of broken records: see below
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=PICTURES) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
@@ -73,8 +78,9 @@ def read_image(path: Path) -> Tensor:
                 square = ImageOps.fit(_to_rgb(upright), (SIZE, SIZE), Image.Resampling.BICUBIC)
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that can be read") from None
-    except Exception as error:  # broken content makes Pillow raise nearly anything
-        raise ValueError(f"{path}: {' '.join(str(error).split()) or 'broken picture'}") from None
+    except Exception as error:  # on damaged files every decoder has exceptions of its own
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}: {said or 'broken picture'}") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
@@ -89,33 +95,59 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def predict_probabilities(run: Run, images: Tensor) -> Tensor:
-    """Class probabilities of pictures by a run's weights, with the run's test-time augmentation.
+def find_run(name: str | Path) -> Run:
+    """Loads the run of a folder, or with the word `shipped` the model that comes with the project.
 
-    Args:
-        run: a finished run.
-        images: uint8 (N, 3, 32, 32), 0..255.
+    Raises:
+        ValueError: it is not the folder of a finished run, or no model comes with this checkout.
+    """
+    if str(name) != SHIPPED.name:
+        return load_run(name)
+    if not SHIPPED.is_dir():
+        raise ValueError("no model is shipped here yet; `python -m cifar_lib export RUN` does it")
+    return load_run(SHIPPED)
+
+
+def load_model(run: Run) -> tuple[nn.Module, Tensor, Tensor]:
+    """Builds a run's network with its weights, in fp32, on the device that is to be had.
 
     Returns:
-        float32 (N, K), rows that sum to one.
+        The network, and mean and standard deviation (3,) of its training images, over 0..1.
 
     Raises:
         ValueError: the weights do not fit the run's model.
     """
-    execution = choose_evaluation(run.config)
     model = build_model(run.config, len(run.summary["class_names"]))
     load_state(model, run.weights, run.path / WEIGHTS)
-    statistics = run.summary["normalization"]
-    logits = predict_logits(
-        model.to(execution.device),
+    mean, std = (torch.tensor(run.summary["normalization"][name]) for name in ("mean", "std"))
+    return model.to(choose_evaluation(run.config).device), mean, std
+
+
+def run_logits(run: Run, images: Tensor, *, tta: bool = False) -> Tensor:
+    """Logits of any images by a run's weights.
+
+    Args:
+        run: a finished run.
+        images: uint8 (N, 3, 32, 32), 0..255.
+        tta: whether with the run's test-time augmentation.
+
+    Returns:
+        float32 (N, K), on the CPU.
+
+    Raises:
+        ValueError: the weights do not fit the run's model.
+    """
+    model, mean, std = load_model(run)
+    return predict_logits(
+        model,
         images,
-        mean=torch.tensor(statistics["mean"]),
-        std=torch.tensor(statistics["std"]),
-        dtype=execution.autocast_dtype,
+        mean=mean,
+        std=std,
+        batch_size=run.config.eval_batch_size,
+        dtype=choose_evaluation(run.config).autocast_dtype,
         channels_last=run.config.channels_last,
-        tta=run.config.tta,
+        tta=run.config.tta if tta else "none",
     )
-    return logits.softmax(1)
 
 
 def predictions_frame(
@@ -128,7 +160,8 @@ def predictions_frame(
     values, order = probabilities.topk(min(top, len(class_names)), dim=1)
     rows = []
     for (path, label), row_values, row_order in zip(files, values, order, strict=True):
-        row: dict[str, object] = {"path": str(path), "label": label}
+        printable = str(path).encode(errors="backslashreplace").decode()  # names need not be UTF-8
+        row: dict[str, object] = {"path": printable, "label": label}
         for rank, (value, k) in enumerate(zip(row_values, row_order, strict=True), 1):
             row[f"class_{rank}"] = class_names[int(k)]
             row[f"probability_{rank}"] = round(float(value), 4)
@@ -138,7 +171,7 @@ def predictions_frame(
 
 def score(
     files: Sequence[tuple[Path, str | None]], probabilities: Tensor, class_names: Sequence[str]
-) -> tuple[dict[str, float], pd.DataFrame] | None:
+) -> Score | None:
     """Accuracy on the labelled pictures.
 
     Returns:
@@ -157,3 +190,27 @@ def score(
         "top5": top_k_accuracy(logits, labels, min(5, len(class_names))),
     }
     return totals, table[table["n"] > 0]
+
+
+def render(frame: pd.DataFrame, score: Score | None, form: str) -> str:
+    """Writes predictions out, and what `score` says of them.
+
+    Args:
+        frame: as `predictions_frame` returns it.
+        score: as `score` returns it.
+        form: `table` for eyes; `csv`, the predictions alone; or `json`, an object with
+            `predictions`, `score` (null without labels) and `per_class`.
+    """
+    if form == "csv":
+        return frame.to_csv(index=False).rstrip()
+    totals, table = score or (None, frame[:0])
+    if form == "json":
+        frames = {"predictions": frame, "per_class": table}
+        tables = {name: json.loads(f.to_json(orient="records")) for name, f in frames.items()}
+        return json.dumps({"score": totals, **tables}, indent=2, ensure_ascii=False)
+    lines = [frame.dropna(axis=1, how="all").fillna("").to_string(index=False)]
+    if totals:
+        top1, top5 = (f"{100 * totals[key]:.2f} %" for key in ("top1", "top5"))
+        lines += ["", f"{totals['n']} labelled: top-1 {top1}, top-5 {top5}"]
+        lines += [table.round(4).to_string(index=False)]
+    return "\n".join(lines)

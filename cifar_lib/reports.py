@@ -125,8 +125,9 @@ def _interval(values: list[float | None]) -> dict[str, Any] | None:
 def interval_frame(summary: dict[str, Any]) -> pd.DataFrame:
     """What a report reached: rows by measure; n, mean and 95 % interval over seeds, percent."""
     rows = {}
-    for name in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
-        if interval := summary[name]:
+    top5 = _interval([run.get("test_top5") for run in summary["runs"]])
+    for name in ("val_accuracy", "test_accuracy", "test_accuracy_tta", "test_top5"):
+        if interval := top5 if name == "test_top5" else summary[name]:
             percent = {k: interval[k] and 100 * interval[k] for k in ("mean", "low", "high")}
             rows[name] = {"n": interval["n"], **percent}
     if summary["reported"]:
@@ -154,6 +155,31 @@ def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
         summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
     return summaries
+
+
+def stage_tables(
+    reports_dir: str | Path, table: str, dataset_sha256: str, but: str
+) -> dict[str, pd.DataFrame]:
+    """Reads a table of each other stage's best report, the best by mean validation accuracy.
+
+    Args:
+        reports_dir: from the root of the checkout; may be missing.
+        table: the file's name without suffix; reports without it do not count.
+        dataset_sha256: of the data; reports of other data do not count.
+        but: the notebook that is left out.
+
+    Returns:
+        `notebook/experiment` → the table, in the order of the notebooks.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    for summary in read_summaries(reports_dir):
+        notebook, path, val = summary["notebook"], summary["path"], summary["val_accuracy"]
+        same_data = (summary["dataset"] or {}).get("sha256") == dataset_sha256
+        has_table = (ROOT / reports_dir / path / f"{table}.csv").is_file()
+        if notebook != but and val and same_data and has_table:
+            best[notebook] = max(best.get(notebook, (0.0, "")), (val["mean"], path))
+    paths = [path for _, (_, path) in sorted(best.items())]
+    return {path: pd.read_csv(ROOT / reports_dir / path / f"{table}.csv") for path in paths}
 
 
 def row_of(summary: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class Run:
         return _load_tensors(self.path / LOGITS)["test"]
 
     @property
+    def test_logits_tta(self) -> Tensor | None:
+        """The same with test-time augmentation; None where the configuration has none."""
+        return _load_tensors(self.path / LOGITS).get("test_tta")
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The state dict of the epoch that validation chose."""
         return load_weights(self.path)

@@ -4,7 +4,7 @@ import pytest
 
 from cifar_lib import study_runs
 
-COMMANDS = ["study", "train", "evaluate", "predict", "data", "report"]
+COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report"]
 PARAMS = """\
 question: What?
 dataset: digits
@@ -45,6 +45,7 @@ def test_each_command_explains_itself(call, command):
         (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=EMPTY"], "EMPTY"),
         (["data", "--dataset", "cifar100"], "dataset: got 'cifar100'"),
         (["evaluate", "EMPTY"], "not a finished run"),
+        (["export", "EMPTY"], "not a finished run"),
         (["predict", "EMPTY", "PARAMS"], "not a finished run"),
         (["predict", "EMPTY", "PARAMS", "--format", "xml"], "--format: got 'xml'"),
     ],

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from cifar_lib import plots, plots_compare, plots_images
+from cifar_lib import plots, plots_compare, plots_evaluation, plots_images
 
 NAMES = ("cat", "dog", "frog")
 
@@ -54,6 +54,32 @@ def texts(figure: Figure) -> list[str]:
     return [t.get_text() for t in figure.findobj(Text) if t.get_text()]
 
 
+def reliability() -> pd.DataFrame:
+    bins = {"n": [1, 3], "confidence": [0.4, 0.9], "accuracy": [0.5, 0.75]}
+    return pd.DataFrame(bins | {"low": [0.2, 0.6], "high": [0.8, 1.0]})
+
+
+def corruptions(system: int = 1) -> pd.DataFrame:
+    """Two seeds that differ by 0.02; each corruption costs as much as it comes late."""
+    rows = [
+        {"corruption": c, "severity": s, "accuracy": 1 - system / 20 - k * s / 50 + seed / 50}
+        | {"seed": seed}
+        for seed in (0, 1)
+        for k, c in enumerate(["none", "noise", "blur", "contrast", "brightness", "jpeg"])
+        for s in ((0,) if c == "none" else range(1, 6))
+    ]
+    return pd.DataFrame(rows)
+
+
+def scores() -> pd.DataFrame:
+    values = {
+        f"{name}{end}": [0.7 + move, 1.0 - move / 10, np.nan]
+        for name in ("precision", "recall", "f1")
+        for end, move in (("", 0.0), ("_low", -0.1), ("_high", 0.1))
+    }
+    return pd.DataFrame({"class_name": NAMES, "n": [50, 50, 0]} | values)
+
+
 def every_chart() -> dict[str, Figure]:
     table = pd.DataFrame(
         {"class_name": NAMES, "n": [50, 50, 0], "precision": [1, 0.5, np.nan]}
@@ -70,6 +96,13 @@ def every_chart() -> dict[str, Figure]:
         "class_histogram": plots.class_histogram({"train": [0, 1]}, NAMES, caption_text=note),
         "accuracy_vs_cost": plots_compare.accuracy_vs_cost(comparison(), caption_text=note),
         "reported_vs_measured": plots_compare.reported_vs_measured(comparison(), caption_text=note),
+        "reliability_diagram": plots_evaluation.reliability_diagram(
+            {"as trained": reliability(), "divided by 1.5": reliability()}, caption_text=note
+        ),
+        "corruption_curves": plots_evaluation.corruption_curves(
+            {f"0{i}_notebook/experiment": corruptions(i) for i in range(1, 5)}, caption_text=note
+        ),
+        "class_score_dots": plots_evaluation.class_score_dots(scores(), caption_text=note),
         "example_grid": plots_images.example_grid(images(3), [0, 1, 2], NAMES, caption_text=note),
         "mistakes_grid": plots_images.mistakes_grid(
             images(4), [0, 1, 1, 2], p, NAMES, caption_text=note
@@ -245,6 +278,56 @@ def test_reported_vs_measured_pairs_the_dots() -> None:
     np.testing.assert_allclose(interval[:, 0], [0.925, 0.935])
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["slow (study D)", "fast (airbench94)", "new", "pending (study E)"]
+
+
+def test_reliability_diagram_draws_a_panel_each() -> None:
+    figure = plots_evaluation.reliability_diagram({"before": reliability(), "after": reliability()})
+    assert [ax.get_title() for ax in figure.axes] == ["before", "after"]
+    for ax in figure.axes:
+        assert [bar.get_height() for bar in ax.patches] == [0.25, 0.75]
+        np.testing.assert_array_equal(ax.lines[1].get_xydata(), [[0.4, 0.5], [0.9, 0.75]])
+        (segments,) = [c.get_segments() for c in ax.collections]
+        np.testing.assert_allclose(segments[1][:, 1], [0.6, 1.0])
+
+
+def test_corruption_curves_draw_means_over_seeds_and_their_range() -> None:
+    figure = plots_evaluation.corruption_curves({"a": corruptions(1), "b": corruptions(2)})
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["noise", "blur", "contrast", "brightness", "JPEG", "mean of all"]
+    noise, *_, everything = figure.axes
+    drawn = [line for line in noise.lines if len(line.get_xdata()) == 6]
+    np.testing.assert_allclose(drawn[0].get_ydata(orig=False), 0.96 - np.arange(6) / 50)
+    np.testing.assert_allclose(drawn[1].get_ydata(orig=False), 0.91 - np.arange(6) / 50)
+    np.testing.assert_allclose(
+        everything.lines[0].get_ydata(orig=False), 0.96 - 3 * np.arange(6) / 50
+    )
+    np.testing.assert_allclose(noise.collections[0].get_segments()[0][:, 1], [0.95, 0.97])
+    one = corruptions().query("seed == 0").drop(columns="seed")
+    line = plots_evaluation.corruption_curves({"a": one}).axes[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata(orig=False), 0.95 - np.arange(6) / 50)
+
+
+def test_class_scores_are_dots_with_their_intervals() -> None:
+    panels = plots_evaluation.class_score_dots(scores()).axes
+    assert [ax.get_title() for ax in panels] == ["precision", "recall", "F1"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == list(NAMES)
+    for ax in panels:
+        np.testing.assert_allclose(ax.lines[0].get_xdata(orig=False), [0.7, 1.0, np.nan])
+        np.testing.assert_allclose(ax.collections[0].get_segments()[0][:, 0], [0.6, 0.8])
+        assert ax.get_xlim()[0] < 0.6
+
+
+def test_evidence_is_laid_over_a_grey_picture() -> None:
+    maps = torch.zeros(2, 32, 32)
+    maps[:, 0, 0] = 1
+    laid = plots_evaluation.overlay(images(2), maps)
+    assert laid.shape == (2, 3, 32, 32) and laid.min() >= 0 and laid.max() <= 1
+    np.testing.assert_allclose(
+        laid[:, :, 1, 1],
+        0.35 * images(2).float().mean(1)[:, 1, 1, None].expand(2, 3) / 255,
+        atol=0.01,
+    )
+    assert (laid[:, :, 0, 0] > 0.4).all()
 
 
 def test_example_grid_puts_each_augmentation_below_its_original() -> None:

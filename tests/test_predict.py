@@ -2,21 +2,31 @@
 
 import io
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cifar_lib import predict
-from cifar_lib.predict import find_images, predictions_frame, read_image, score
-from cifar_lib.results import save_summary
+from cifar_lib import predict, predict_export
+from cifar_lib.predict import (
+    find_images,
+    find_run,
+    predictions_frame,
+    read_image,
+    run_logits,
+    score,
+)
+from cifar_lib.predict_export import CARD, MAX_BYTES, export_run, model_card
+from cifar_lib.results import WEIGHTS, Run, load_run
 from cifar_lib.train import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digits, tiny):
-    return train(tiny(epochs=1), 0, digits, tmp_path_factory.mktemp("run"))
+    return train(tiny(epochs=1, tta="mirror"), 0, digits, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -94,9 +104,11 @@ def test_files_are_found_and_labelled_by_their_folder(tmp_path):
         find_images([tmp_path / "empty"], [])
 
 
-def test_probabilities_are_those_of_the_run(run, digits):
-    probabilities = predict.predict_probabilities(run, digits.test.images)
-    assert torch.allclose(probabilities, run.test_logits.softmax(1), atol=1e-5)
+def test_logits_are_those_of_the_run(run, digits):
+    images = digits.test.images
+    assert torch.allclose(run_logits(run, images), run.test_logits, atol=1e-5)
+    assert torch.allclose(run_logits(run, images, tta=True), run.test_logits_tta, atol=1e-5)
+    assert not torch.allclose(run.test_logits, run.test_logits_tta, atol=1e-2)
 
 
 def test_the_score_counts_labelled_pictures_alone(tmp_path):
@@ -120,16 +132,101 @@ def test_bad_files_do_not_stop_the_others(call, tmp_path, run, half_red, form):
     assert err.count("\n") == 1 and "bad.png: not a picture" in err
     assert "good.png" in out and "bad.png" not in out
     if form == "json":
-        (row,) = json.loads(out)
+        record = json.loads(out)
+        (row,) = record["predictions"]
         assert row["label"] == "3" and 0 <= row["probability_1"] <= 1
+        assert record["score"]["n"] == 1 and record["per_class"][0]["class_name"] == "3"
     if form == "table":
         assert "1 labelled: top-1" in out
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path, run, digits):
-    for path in run.path.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    save_summary(tmp_path, run.summary | {"class_names": ["a", "b"]})
-    other = predict.Run(tmp_path, run.config, 0, run.metrics, run.summary | {"class_names": ["a"]})
+def test_pictures_without_labels_have_no_score(call, tmp_path, run, half_red):
+    half_red.save(tmp_path / "a.png")
+    status, out, err = call("predict", str(run.path), str(tmp_path / "a.png"), "--top", "2")
+    assert (status, err) == (0, "")
+    assert out.split()[:2] == ["path", "class_1"] and out.count("\n") == 2
+    _, out, _ = call("predict", str(run.path), str(tmp_path / "a.png"), "--format", "json")
+    assert json.loads(out)["score"] is None and json.loads(out)["per_class"] == []
+
+
+def test_a_name_that_is_no_text_and_a_link_to_nowhere_do_not_stop_the_others(
+    call, tmp_path, run, half_red
+):
+    path = tmp_path / os.fsdecode(b"a\xff.png")
+    try:
+        half_red.save(path)
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    (tmp_path / "b.png").symlink_to("nowhere")
+    status, out, err = call("predict", str(run.path), str(tmp_path), "--format", "csv")
+    assert status == 1 and "a\\udcff.png" in out
+    assert err == f"error: {tmp_path / 'b.png'}: No such file or directory\n"
+
+
+def test_weights_that_do_not_fit_are_refused(run, digits):
+    other = replace(run, summary=run.summary | {"class_names": ["a"]})
     with pytest.raises(ValueError, match="do not fit"):
-        predict.predict_probabilities(other, digits.test.images[:2])
+        run_logits(other, digits.test.images[:2])
+
+
+# --- the model that comes with the project --------------------------------------------------
+
+
+def test_an_exported_run_says_the_same_in_half_the_bytes(call, tmp_path, monkeypatch, run, digits):
+    monkeypatch.setattr(predict, "SHIPPED", tmp_path / "shipped")
+    words = ("predict", "shipped", str(tmp_path / "3"))
+    status, _, err = call(*words)
+    assert status == 2 and "no model is shipped here yet" in err
+    status, out, _ = call("export", str(run.path))
+    assert status == 0 and out == f"wrote {tmp_path / 'shipped'}\n"
+    exported = find_run("shipped")
+    for name, tensor in exported.weights.items():
+        assert (tensor.dtype == torch.float16) == (tensor.ndim > 1)
+        assert torch.allclose(tensor.float(), run.weights[name].float(), rtol=1e-3, atol=1e-6)
+    before, after = run_logits(run, digits.test.images), run_logits(exported, digits.test.images)
+    assert torch.allclose(before, after, atol=0.02) and not torch.equal(before, after)
+    whole, half = ((r.path / WEIGHTS).stat().st_size for r in (run, exported))
+    assert half < 0.7 * whole
+    (tmp_path / "3").mkdir()
+    Image.fromarray(digits.test.images[0].permute(1, 2, 0).numpy()).save(tmp_path / "3/a.png")
+    status, out, err = call(*words)
+    assert (status, err) == (0, "") and "1 labelled" in out
+    status, out, _ = call("evaluate", "shipped")
+    assert status == 0 and "test_accuracy_tta" in out
+
+
+def test_an_export_names_no_folder_of_this_machine_and_says_what_it_is(tmp_path, run):
+    config = run.config.model_copy(update={"data_dir": "/somewhere"})
+    exported = export_run(replace(run, config=config), tmp_path)
+    assert exported.config == run.config
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.yaml", "metrics.csv", "summary.json", WEIGHTS, CARD
+    }  # fmt: skip
+    card = (tmp_path / CARD).read_text()
+    for key in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
+        assert f"{100 * run.summary['result'][key]:.2f} %" in card
+    assert "digits" in card and "`mirror`" in card and f"{len(run.metrics)} epochs" in card
+
+
+def test_what_is_too_large_is_refused_and_nothing_is_left(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(predict_export, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"bytes in half precision; allowed is 1,000"):
+        export_run(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_export_is_not_taken_for_a_whole_one(tmp_path, monkeypatch, run):
+    export_run(run, tmp_path)
+    monkeypatch.setattr(predict_export, "model_card", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(run, tmp_path)
+    with pytest.raises(ValueError, match=r"summary\.json missing"):
+        load_run(tmp_path)
+
+
+@pytest.mark.skipif(not predict.SHIPPED.is_dir(), reason="no model is shipped yet")
+def test_the_shipped_model_is_whole_small_and_described():
+    run: Run = load_run(predict.SHIPPED)
+    assert (run.path / WEIGHTS).stat().st_size <= MAX_BYTES
+    assert (run.path / CARD).read_text() == model_card(run)
+    assert run_logits(run, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).isfinite().all()

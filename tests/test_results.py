@@ -79,6 +79,27 @@ def test_a_report_has_the_keys_of_its_contract(run, tmp_path, monkeypatch):
     assert row["reported_accuracy"] == 0.8 and row["test_accuracy"] == accuracy
 
 
+def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    data = run.summary["dataset"]["sha256"]
+    assert reports.stage_tables("reports/x", "t", data, but="04") == {}
+    for notebook, name, val in (
+        ("01", "weak", 0.5), ("01", "strong", 0.7), ("01", "without", 0.9),
+        ("02", "retrained", None), ("03", "other", 0.6), ("04", "own", 0.8),
+    ):  # fmt: skip
+        result = run.summary["result"] | {"val_accuracy": val}
+        dataset = run.summary["dataset"] | ({"sha256": "0"} if name == "other" else {})
+        changed = dataclasses.replace(
+            run, summary=run.summary | {"result": result, "dataset": dataset}
+        )
+        report = Report(f"reports/x/{notebook}/{name}", notebook, name, "x", "What?")
+        if name != "without":
+            report.table("t", pd.DataFrame({"val": [val]}))
+        report.finish(run.config, [changed])
+    found = reports.stage_tables("reports/x", "t", data, but="04")
+    assert list(found) == ["01/strong"] and found["01/strong"]["val"].tolist() == [0.7]
+
+
 def test_an_explored_notebook_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(reports, "ROOT", tmp_path)
     report = Report("", "01_baseline", "smoke", "smoke", "What?")

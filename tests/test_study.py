@@ -168,6 +168,7 @@ def test_every_notebook_parameter_means_something():
 
     known = {*TrainConfig.model_fields, *study_experiments.RUNNER_PARAMETERS, "question"}
     known |= {
+        "corruption_images",
         "reported_accuracy",
         "reported_by",
         "reported_on",

@@ -1,0 +1,78 @@
+"""A finished run made small enough to come with the project, and its model card."""
+
+from pathlib import Path
+
+from safetensors.torch import save
+
+from cifar_lib.files import write_atomic
+from cifar_lib.results import METRICS, SUMMARY, WEIGHTS, Run, load_run, save_config, save_summary
+
+MAX_BYTES = 2_000_000
+CARD = "README.md"
+
+
+def export_run(run: Run, folder: Path) -> Run:
+    """Copies a run into a folder, its matrices and filters in half precision, with a model card.
+
+    What is a vector (biases, batch norm's scales and statistics) stays in fp32: it is small, and
+    a variance may not fit half precision's range. The folder is that of a finished run again;
+    a run that was there is replaced.
+
+    Args:
+        run: a finished run.
+        folder: where to.
+
+    Returns:
+        The run in its new place; its summary is that of the run as it was trained.
+
+    Raises:
+        ValueError: the weights are larger than `MAX_BYTES` even so.
+    """
+    weights = {k: v.half() if v.ndim > 1 else v for k, v in run.weights.items()}
+    content = save(weights)
+    if len(content) > MAX_BYTES:
+        raise ValueError(
+            f"{run.path}: {len(content):,} bytes in half precision; allowed is {MAX_BYTES:,}"
+        )
+    (folder / SUMMARY).unlink(missing_ok=True)  # not a finished run until all is there
+    write_atomic(folder / WEIGHTS, content)
+    write_atomic(folder / METRICS, (run.path / METRICS).read_bytes())
+    save_config(folder, run.config.model_copy(update={"data_dir": None}))
+    write_atomic(folder / CARD, model_card(run).encode())
+    save_summary(folder, run.summary)
+    return load_run(folder)
+
+
+def model_card(run: Run) -> str:
+    """Says in Markdown what a shipped model is, how it was trained and what it reaches."""
+    summary, config, result = run.summary, run.config, run.summary["result"]
+    data, model, hardware = summary["dataset"], summary["model"], summary["hardware"]
+    copy = ", a copy stored as JPEG" if data["lossy"] else ""
+    tta = result["test_accuracy_tta"]
+    measured = {
+        "test accuracy, one view": result["test_accuracy"],
+        f"test accuracy, test-time augmentation `{config.tta}`": tta,
+        "validation accuracy": result["val_accuracy"],
+    }
+    rows = [f"| {k} | {100 * v:.2f} % |" for k, v in measured.items() if v is not None]
+    return f"""# The model that comes with the project
+
+One run of `{model["name"]}`, {model["parameters"]:,} parameters, written by
+`python -m cifar_lib export`: filters and matrices in half precision, the rest in fp32.
+
+| measured before the rounding | |
+|---|---|
+{chr(10).join(rows)}
+
+- **Trained** on {data["n_train"]:,} images of {data["name"]} ({data["source"]}{copy}):
+  seed {run.seed}, {result["epochs"]} epochs of {config.optimizer},
+  {result["train_seconds"]:.0f} s on {hardware["name"]}, {hardware["precision"]}.
+  Every setting is in `config.yaml`, every epoch in `{METRICS}`, the rest in `{SUMMARY}`.
+- **Chosen** on {data["n_val"]:,} validation images; without any, at the last epoch. The
+  {data["n_test"]:,} test images chose nothing.
+- **Knows** {", ".join(summary["class_names"])}.
+  A picture of anything else gets one of these names too, often with a high probability.
+- **Sees** the largest centred square of a picture, resized to 32×32 pixels.
+- **Try it** with `python -m cifar_lib predict shipped PHOTO`; measure it as rounded with
+  `python -m cifar_lib evaluate shipped`.
+"""
