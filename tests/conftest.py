@@ -12,6 +12,7 @@ from cifar_lib.data import Splits, load_splits
 
 # Read when Ray is imported: on a busy machine its processes need longer than 30 s to start.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 TINY = {
