@@ -1,6 +1,5 @@
 """What many tests share: the embedded digits, and a configuration that trains in a second."""
 
-import os
 import sys
 
 import pytest
@@ -9,11 +8,6 @@ import torch
 from cifar_lib import __main__ as cli
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits, load_splits
-
-# Read when Ray is imported: on a busy machine its processes need longer than 30 s to start.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 TINY = {
     "dataset": "digits",
