@@ -19,10 +19,12 @@ class Difference(Interval):
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say: better, worse, or that nothing was shown."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+        """What the interval allows to say: higher, lower, or that nothing was shown."""
+        if self.low is None or self.high is None:
+            return "one run: no interval"
+        if self.low <= 0 <= self.high:
             return "nothing was shown"
-        return "better" if self.low > 0 else "worse"
+        return "higher" if self.low > 0 else "lower"
 
 
 def difference_interval(
@@ -59,6 +61,40 @@ def difference_interval(
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
         low, high = float(interval.low), float(interval.high)
     return Difference(mean, low, high, n, "Welch")
+
+
+def compare_recipes(
+    frame: pd.DataFrame,
+    reference: Mapping[str, str],
+    value: str = "val_accuracy",
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """What each recipe reaches, and what it is worth against its reference, in one table.
+
+    Args:
+        frame: a row a run: variant, seed and the value.
+        reference: variant → the variant that it is compared with; itself, or left out: with none.
+        value: the column compared.
+        level: confidence level of each interval alone; nothing is corrected for their number.
+
+    Returns:
+        A row a variant, in the order of the frame: n, mean, low, high; against, worth, worth_low,
+        worth_high, method and verdict, empty for a reference.
+    """
+    runs = {
+        str(name): dict(zip(part["seed"], part[value].astype(float), strict=True))
+        for name, part in frame.groupby("variant", sort=False)
+    }
+    rows: dict[str, dict[str, object]] = {}
+    for name, values in runs.items():
+        of = mean_interval(list(values.values()), level)
+        rows[name] = {"n": of.n, "mean": of.mean, "low": of.low, "high": of.high}
+        against = reference.get(name, name)
+        if against != name:
+            d = difference_interval(values, runs[against], level)
+            rows[name] |= {"against": against, "worth": d.mean, "worth_low": d.low}
+            rows[name] |= {"worth_high": d.high, "method": d.method, "verdict": d.verdict}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from cifar_lib.evaluate import mean_interval
 from cifar_lib.evaluate_statistics import (
     Difference,
+    compare_recipes,
     difference_interval,
     pooled_spread,
     seeds_needed,
@@ -45,7 +47,7 @@ def test_part_of_the_seeds_shared_is_not_paired() -> None:
 def test_one_run_has_no_interval_and_shows_nothing(seed: int) -> None:
     difference = difference_interval({0: 0.9}, {seed: 0.5})
     assert (difference.low, difference.high, difference.n) == (None, None, 1)
-    assert difference.verdict == "nothing was shown"
+    assert difference.verdict == "one run: no interval"
 
 
 def test_no_spread_at_all_is_a_point() -> None:
@@ -61,16 +63,35 @@ def test_no_runs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (0.1, 0.3, "better"),
-        (-0.3, -0.1, "worse"),
+        (0.1, 0.3, "higher"),
+        (-0.3, -0.1, "lower"),
         (-0.1, 0.3, "nothing was shown"),
         (0.0, 0.3, "nothing was shown"),
         (-0.3, 0.0, "nothing was shown"),
-        (None, None, "nothing was shown"),
+        (None, None, "one run: no interval"),
     ],
 )
 def test_the_verdict_is_read_off_the_interval(low, high, said) -> None:
     assert Difference(0.2, low, high, 3, "Welch").verdict == said
+
+
+def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
+    values = {"a": [0.5, 0.6], "a2": [0.7, 0.8], "b": [0.1], "b2": [0.3, 0.3]}
+    rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    table = compare_recipes(frame, {"a2": "a", "b2": "b", "b": "b"})
+    assert list(table.index) == ["a", "a2", "b", "b2"]
+    assert table["n"].tolist() == [2, 2, 1, 2]
+    interval = mean_interval([0.7, 0.8])
+    assert tuple(table.loc["a2", ["mean", "low", "high"]]) == (
+        interval.mean,
+        interval.low,
+        interval.high,
+    )
+    assert table["against"].fillna("").tolist() == ["", "a", "", "b"]
+    assert table.loc[["a2", "b2"], "worth"].tolist() == pytest.approx([0.2, 0.2])
+    assert table.loc["a2", ["method", "verdict"]].tolist() == ["paired by seed", "higher"]
+    assert table.loc["b2", "verdict"] == "one run: no interval"
 
 
 def test_the_spread_is_pooled_within_recipes() -> None:
