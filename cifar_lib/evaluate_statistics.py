@@ -10,6 +10,8 @@ from scipy import optimize, stats
 
 from cifar_lib.evaluate import Interval, mean_interval
 
+_OF, _WORTH = ("mean", "low", "high"), ("worth", "worth_low", "worth_high")
+
 
 @dataclass(frozen=True)
 class Difference(Interval):
@@ -88,13 +90,33 @@ def compare_recipes(
     rows: dict[str, dict[str, object]] = {}
     for name, values in runs.items():
         of = mean_interval(list(values.values()), level)
-        rows[name] = {"n": of.n, "mean": of.mean, "low": of.low, "high": of.high}
+        rows[name] = {"n": of.n} | dict(zip(_OF, (of.mean, of.low, of.high), strict=True))
         against = reference.get(name, name)
         if against != name:
             d = difference_interval(values, runs[against], level)
-            rows[name] |= {"against": against, "worth": d.mean, "worth_low": d.low}
-            rows[name] |= {"worth_high": d.high, "method": d.method, "verdict": d.verdict}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
+            rows[name] |= {"against": against, "method": d.method, "verdict": d.verdict}
+            rows[name] |= dict(zip(_WORTH, (d.mean, d.low, d.high), strict=True))
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table = table.reindex(columns=["n", *_OF, "against", *_WORTH, "method", "verdict"])
+    return table.astype(dict.fromkeys([*_OF, *_WORTH], float)).rename_axis("variant")
+
+
+def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100) -> list[str]:
+    """Says in words what `compare_recipes` found, a line for each variant with a reference.
+
+    Args:
+        table: as `compare_recipes` returns it.
+        unit: of the number times `scale`.
+        scale: 100 makes points of accuracies in 0..1.
+    """
+    lines = []
+    for name, row in table[table["worth"].notna()].iterrows():
+        worth, low, high = (scale * row[column] for column in _WORTH)
+        interval = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
+        how = f"n = {row['n']}, {row['method']}"
+        text = f"{worth:+.2f} {unit}{interval} against {row['against']} ({how})"
+        lines.append(f"{name}: {text}: {row['verdict']}")
+    return lines
 
 
 @dataclass(frozen=True)

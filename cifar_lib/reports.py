@@ -116,13 +116,15 @@ class Report:
         return summary
 
     def finish_sweep(
-        self, runs: dict[str, list[Run]], dataset: DataInfo | None = None
+        self, runs: dict[str, list[Run]], dataset: DataInfo | None = None, **more: Any
     ) -> pd.DataFrame:
         """Writes a sub-folder for each variant, then the sweep's own `summary.json`.
 
         Args:
             runs: by variant its finished runs, as `sweep_runs` gives them.
             dataset: the data's record.
+            more: further entries of the sweep's summary; `answer`, lines of text, stands at the
+                top of its notebook.
 
         Returns:
             A row a variant, in the order given, the columns of `row_of`; accuracies in 0..1.
@@ -134,7 +136,7 @@ class Report:
             rows[name] = row_of(part.finish(finished[0].config, finished, variant=name))
         columns = ("n", "val_accuracy", "test_accuracy", "low", "high", "train_seconds")
         results = {name: {key: row[key] for key in columns} for name, row in rows.items()}
-        self.finish(None, [], dataset, variants=results)
+        self.finish(None, [], dataset, variants=results, **more)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
 

@@ -14,6 +14,7 @@ from cifar_lib.evaluate_statistics import (
     difference_interval,
     pooled_spread,
     seeds_needed,
+    verdict_lines,
 )
 
 
@@ -92,6 +93,22 @@ def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
     assert table.loc[["a2", "b2"], "worth"].tolist() == pytest.approx([0.2, 0.2])
     assert table.loc["a2", ["method", "verdict"]].tolist() == ["paired by seed", "higher"]
     assert table.loc["b2", "verdict"] == "one run: no interval"
+
+
+def test_the_words_are_those_of_the_intervals() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.72, 0.83], "c": [0.4, 0.8, 0.6], "one": [0.9]}
+    rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    table = compare_recipes(frame, dict.fromkeys(values, "a"))
+    # b - a: 0.11, 0.12, 0.13, so 12 ± 4.302653 / √3 = 2.48 points; c - a: sd 0.1 √3, so ± 43.03.
+    assert verdict_lines(table) == [
+        "b: +12.00 points [+9.52, +14.48] against a (n = 3, paired by seed): higher",
+        "c: +0.00 points [-43.03, +43.03] against a (n = 3, paired by seed): nothing was shown",
+        "one: +30.00 points against a (n = 1, Welch): one run: no interval",
+    ]
+    assert verdict_lines(table, "nats", 1)[0].startswith("b: +0.12 nats [+0.10, +0.14]")
+    alone = compare_recipes(frame, {"one": "one"})
+    assert verdict_lines(alone) == [] and list(alone.columns) == list(table.columns)
 
 
 def test_the_spread_is_pooled_within_recipes() -> None:
