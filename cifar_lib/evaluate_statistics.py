@@ -23,7 +23,7 @@ class Difference(Interval):
     def verdict(self) -> str:
         """What the interval allows to say: higher, lower, or that nothing was shown."""
         if self.low is None or self.high is None:
-            return "one run: no interval"
+            return "one run on a side: no interval"
         if self.low <= 0 <= self.high:
             return "nothing was shown"
         return "higher" if self.low > 0 else "lower"

@@ -55,6 +55,8 @@ def run_points(
         ax.set_ylim(len(names) - 0.4, -0.5)
         ax.set_title(group, loc="left", fontsize=10)
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
     axes[-1].set_xlabel(f"{xlabel}: each run (grey), mean and 95 % interval over seeds (blue)")
     return caption(figure, caption_text)
 

@@ -48,7 +48,7 @@ def test_part_of_the_seeds_shared_is_not_paired() -> None:
 def test_one_run_has_no_interval_and_shows_nothing(seed: int) -> None:
     difference = difference_interval({0: 0.9}, {seed: 0.5})
     assert (difference.low, difference.high, difference.n) == (None, None, 1)
-    assert difference.verdict == "one run: no interval"
+    assert difference.verdict == "one run on a side: no interval"
 
 
 def test_no_spread_at_all_is_a_point() -> None:
@@ -69,7 +69,7 @@ def test_no_runs_are_refused() -> None:
         (-0.1, 0.3, "nothing was shown"),
         (0.0, 0.3, "nothing was shown"),
         (-0.3, 0.0, "nothing was shown"),
-        (None, None, "one run: no interval"),
+        (None, None, "one run on a side: no interval"),
     ],
 )
 def test_the_verdict_is_read_off_the_interval(low, high, said) -> None:
@@ -92,7 +92,7 @@ def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
     assert table["against"].fillna("").tolist() == ["", "a", "", "b"]
     assert table.loc[["a2", "b2"], "worth"].tolist() == pytest.approx([0.2, 0.2])
     assert table.loc["a2", ["method", "verdict"]].tolist() == ["paired by seed", "higher"]
-    assert table.loc["b2", "verdict"] == "one run: no interval"
+    assert table.loc["b2", "verdict"] == "one run on a side: no interval"
 
 
 def test_the_words_are_those_of_the_intervals() -> None:
@@ -104,7 +104,7 @@ def test_the_words_are_those_of_the_intervals() -> None:
     assert verdict_lines(table) == [
         "b: +12.00 points [+9.52, +14.48] against a (n = 3, paired by seed): higher",
         "c: +0.00 points [-43.03, +43.03] against a (n = 3, paired by seed): nothing was shown",
-        "one: +30.00 points against a (n = 1, Welch): one run: no interval",
+        "one: +30.00 points against a (n = 1, Welch): one run on a side: no interval",
     ]
     assert verdict_lines(table, "nats", 1)[0].startswith("b: +0.12 nats [+0.10, +0.14]")
     alone = compare_recipes(frame, {"one": "one"})
