@@ -75,7 +75,7 @@ def test_the_choices_are_those_that_study_e_compared():
 
 def test_study_as_open_question_is_about_its_own_recipe():
     default = read_sweep(f"{CHOICES}/study-a.yaml").variants["default"]
-    recipe = config_of(read_yaml(ROOT / "params/01_baseline/study-a.yaml"))
+    recipe = config_of(read_yaml(ROOT / "params/01_baseline/study-a-20.yaml"))
     assert changes(default, recipe) == {"n_train": 10_000}
 
 
