@@ -159,6 +159,12 @@ class TrainConfig(BaseModel):
         "none", description="test-time augmentation reported beside the plain accuracy"
     )
     eval_batch_size: int = Field(500, ge=1, description="images a forward pass in evaluation")
+    measure_train: int = Field(
+        0,
+        ge=0,
+        description="training images, a fixed stratified subset, on which loss and accuracy are "
+        "measured after each epoch, unaugmented, in evaluation mode and within its seconds; 0: off",
+    )
 
     # execution
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")

@@ -114,7 +114,9 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
                 f"{duration(row['train_seconds'])} a seed ([executed]({target}))"
             )
         else:
-            lines.append(f"- **{row['experiment']}**: [executed]({target})")
+            asked = f"{summary['question']} " if "answer" in summary else ""
+            lines.append(f"- **{row['experiment']}**: {asked}[executed]({target})")
+            lines += [f"  - {line}" for line in summary.get("answer", [])]
     return "\n".join(lines) or "Not measured yet."
 
 

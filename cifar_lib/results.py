@@ -25,6 +25,8 @@ METRIC_COLUMNS = [
     "val_accuracy",
     "seconds",
 ]
+CLEAN_COLUMNS = ["clean_train_loss", "clean_train_accuracy"]
+"""Measured where the configuration asks for it (`measure_train`); after METRIC_COLUMNS."""
 CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY = (
     "config.yaml",
     "metrics.csv",
@@ -38,9 +40,10 @@ CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY = (
 class Run:
     """A finished run: what it was, its history and what it reached.
 
-    `metrics` has METRIC_COLUMNS, a row an epoch, accuracies in 0..1, seconds an epoch with its
-    validation. `summary` holds `seed`, `result` (one row of a report's `runs`), `dataset`,
-    `model`, `hardware`, `environment`, `class_names` and where the code came from.
+    `metrics` has METRIC_COLUMNS and maybe CLEAN_COLUMNS, a row an epoch, accuracies in 0..1,
+    seconds an epoch with what is measured after it. `summary` holds `seed`, `result` (one row of
+    a report's `runs`), `dataset`, `model`, `hardware`, `environment`, `class_names` and where the
+    code came from.
     """
 
     path: Path
@@ -104,7 +107,7 @@ def save_config(run_dir: Path, config: TrainConfig) -> None:
 
 def save_metrics(run_dir: Path, rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Writes the history of a run as CSV; returns it as a DataFrame."""
-    frame = pd.DataFrame(rows, columns=METRIC_COLUMNS)
+    frame = _ordered(pd.DataFrame(rows))
     write_atomic(run_dir / METRICS, frame.to_csv(index=False).encode())
     return frame
 
@@ -154,8 +157,13 @@ def _check(summary: dict[str, Any]) -> None:
 
 
 def metrics_frame(runs: list[Run]) -> pd.DataFrame:
-    """The histories of many runs in one tidy DataFrame, METRIC_COLUMNS."""
-    return pd.concat([run.metrics for run in runs], ignore_index=True)[METRIC_COLUMNS]
+    """The histories of many runs in one tidy DataFrame, METRIC_COLUMNS and maybe CLEAN_COLUMNS."""
+    return _ordered(pd.concat([run.metrics for run in runs], ignore_index=True))
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The contracted columns, then what else was measured."""
+    return frame[METRIC_COLUMNS + [name for name in CLEAN_COLUMNS if name in frame]]
 
 
 def results_frame(runs: list[Run]) -> pd.DataFrame:

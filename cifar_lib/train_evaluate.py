@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cifar_lib import distributed, results
-from cifar_lib.data import ImageSet, Splits, load_splits
+from cifar_lib.data import ImageSet, Splits, load_splits, split_train
 from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
 from cifar_lib.execution import (
     Execution,
@@ -28,13 +28,27 @@ Metrics = dict[str, Any]
 
 
 def validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
-    """Loss and accuracy on the validation part; both None where it is empty."""
-    if len(val) == 0:
-        return {"val_loss": None, "val_accuracy": None}
-    logits = _logits(state, val, execution)
+    """Loss and accuracy on the validation part; both None where it is empty.
+
+    With `measure_train` also `clean_train_loss` and `clean_train_accuracy`: the same on so many
+    training images, so that the two differ by the images alone and not by augmentation, dropout
+    or weights that still move.
+    """
+    metrics = _measure(state, val, execution, "val")
+    if n := state.config.measure_train:
+        share = min(1.0, n / len(state.data))
+        _, clean = split_train(state.data, share, None, state.config.split_seed)
+        metrics |= _measure(state, clean, execution, "clean_train")
+    return metrics
+
+
+def _measure(state: TrainState, images: ImageSet, execution: Execution, name: str) -> Metrics:
+    if len(images) == 0:
+        return {f"{name}_loss": None, f"{name}_accuracy": None}
+    logits, labels = _logits(state, images, execution), images.labels
     return {
-        "val_loss": cross_entropy(logits, val.labels),
-        "val_accuracy": accuracy(logits, val.labels),
+        f"{name}_loss": cross_entropy(logits, labels),
+        f"{name}_accuracy": accuracy(logits, labels),
     }
 
 

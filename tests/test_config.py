@@ -62,6 +62,7 @@ DEFAULTS = {
     "early_stopping": 0,
     "tta": "none",
     "eval_batch_size": 500,
+    "measure_train": 0,
     "device": "auto",
     "precision": "auto",
     "channels_last": True,

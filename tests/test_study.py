@@ -6,11 +6,20 @@ import json
 import nbformat
 import pytest
 
-from cifar_lib import reports, study, study_execute, study_experiments, study_runs, train_state
+from cifar_lib import (
+    reports,
+    study,
+    study_execute,
+    study_experiments,
+    study_runs,
+    study_sweep,
+    train_state,
+)
 from cifar_lib import train as train_module
 from cifar_lib.config import ROOT, read_yaml
 from cifar_lib.data import load_dataset
 from cifar_lib.study_experiments import load_preset
+from cifar_lib.study_sweep import read_sweep
 
 PARAMETERS = """\
 question: str = "What?"  # what it asks
@@ -51,7 +60,8 @@ ONE = "question: One?\ndataset: digits\nepochs: 1\n"
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with one toy notebook, two experiments and the real library."""
-    for module in (study, study_execute, study_experiments, study_runs, reports):
+    rooms = (study, study_execute, study_experiments, study_runs, study_sweep)
+    for module in (*rooms, reports):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
     (tmp_path / "notebooks").mkdir()
@@ -153,13 +163,16 @@ def test_every_committed_preset_is_sound(preset):
         assert set(study_experiments.notebook_parameters(experiment.source)) >= {
             *study_experiments.RUNNER_PARAMETERS
         }
-        assert experiment.parameters["question"].rstrip()
+        sweep = experiment.parameters.get("sweep")
+        assert read_sweep(sweep).question if sweep else experiment.parameters["question"].strip()
 
 
 def test_every_parameter_file_is_in_a_preset():
     presets = read_yaml(ROOT / "params/study.yaml")["presets"]
     listed = {e["params"] for entries in presets.values() for e in entries}
     files = {f"{p.parent.name}/{p.name}" for p in (ROOT / "params").glob("*/*.yaml")}
+    # A smoke sweep is a notebook's default, a search is read by the notebook of its comparison.
+    files -= {name for name in files if name.endswith(("-smoke.yaml", "-search.yaml"))}
     assert files == listed
 
 
@@ -175,6 +188,7 @@ def test_every_notebook_parameter_means_something():
         "reported_curve",
         "reports_dir",
         "systems",
+        "sweep",
     }
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert set(study_experiments.notebook_parameters(path)) <= known, path.name

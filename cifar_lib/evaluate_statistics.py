@@ -1,0 +1,209 @@
+"""Comparing recipes over seeds: intervals of differences, their spread, how many seeds it takes.
+
+Student's t throughout: a bootstrap of three seeds has but ten different resamples, and its
+intervals come out too narrow.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from cifar_lib.evaluate import Interval, mean_interval
+
+_OF, _WORTH = ("mean", "low", "high"), ("worth", "worth_low", "worth_high")
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """The mean difference of two recipes with its interval; n is the pairs, or the fewer runs."""
+
+    method: str
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say: higher, lower, or that nothing was shown."""
+        if self.low is None or self.high is None:
+            return "one run on a side: no interval"
+        if self.low <= 0 <= self.high:
+            return "nothing was shown"
+        return "higher" if self.low > 0 else "lower"
+
+
+def difference_interval(
+    values: Mapping[int, float], reference: Mapping[int, float], level: float = 0.95
+) -> Difference:
+    """Interval for what one recipe is worth against another, from a few runs of each.
+
+    Args:
+        values: seed → number of the recipe in question, at least one.
+        reference: seed → number of the recipe that it is compared with, at least one.
+        level: confidence level of this one comparison, 0..1.
+
+    Returns:
+        Where both have the same seeds, Student's interval of the paired differences, since a seed
+        decides the initial weights and the order of the images of both; else Welch's, of the
+        difference of the means. Where a side has one run there is no interval.
+
+    Raises:
+        ValueError: a side has no values.
+
+    Source: Student (1908) and Welch (1947), both Biometrika, the second as in scipy.
+    """
+    if not values or not reference:
+        raise ValueError("values, reference: got none; allowed is at least one run each")
+    if values.keys() == reference.keys():
+        pairs = mean_interval([values[seed] - reference[seed] for seed in values], level)
+        return Difference(pairs.mean, pairs.low, pairs.high, pairs.n, "paired by seed")
+    a, b = (np.array(list(side.values())) for side in (values, reference))
+    mean, n = float(a.mean() - b.mean()), min(len(a), len(b))
+    if n == 1:
+        return Difference(mean, None, None, n, "Welch")
+    low = high = mean
+    if a.std() or b.std():  # without any spread the interval is a point, and scipy's is NaN
+        interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)
+        low, high = float(interval.low), float(interval.high)
+    return Difference(mean, low, high, n, "Welch")
+
+
+def compare_recipes(
+    frame: pd.DataFrame,
+    reference: Mapping[str, str],
+    value: str = "val_accuracy",
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """What each recipe reaches, and what it is worth against its reference, in one table.
+
+    Args:
+        frame: a row a run: variant, seed and the value.
+        reference: variant → the variant that it is compared with; itself, or left out: with none.
+        value: the column compared.
+        level: confidence level of each interval alone; nothing is corrected for their number.
+
+    Returns:
+        A row a variant, in the order of the frame: n, mean, low, high; against, worth, worth_low,
+        worth_high, method and verdict, empty for a reference.
+    """
+    runs = {
+        str(name): dict(zip(part["seed"], part[value].astype(float), strict=True))
+        for name, part in frame.groupby("variant", sort=False)
+    }
+    rows: dict[str, dict[str, object]] = {}
+    for name, values in runs.items():
+        of = mean_interval(list(values.values()), level)
+        rows[name] = {"n": of.n} | dict(zip(_OF, (of.mean, of.low, of.high), strict=True))
+        against = reference.get(name, name)
+        if against != name:
+            d = difference_interval(values, runs[against], level)
+            rows[name] |= {"against": against, "method": d.method, "verdict": d.verdict}
+            rows[name] |= dict(zip(_WORTH, (d.mean, d.low, d.high), strict=True))
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table = table.reindex(columns=["n", *_OF, "against", *_WORTH, "method", "verdict"])
+    return table.astype(dict.fromkeys([*_OF, *_WORTH], float)).rename_axis("variant")
+
+
+def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100) -> list[str]:
+    """Says in words what `compare_recipes` found, a line for each variant with a reference.
+
+    Args:
+        table: as `compare_recipes` returns it.
+        unit: of the number times `scale`.
+        scale: 100 makes points of accuracies in 0..1.
+    """
+    lines = []
+    for name, row in table[table["worth"].notna()].iterrows():
+        worth, low, high = (scale * row[column] for column in _WORTH)
+        interval = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
+        how = f"n = {row['n']}, {row['method']}"
+        text = f"{worth:+.2f} {unit}{interval} against {row['against']} ({how})"
+        lines.append(f"{name}: {text}: {row['verdict']}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard deviation with its interval and the degrees of freedom it rests on."""
+
+    sd: float
+    low: float
+    high: float
+    df: int
+
+
+def pooled_spread(table: pd.DataFrame, *, paired: bool = False, level: float = 0.95) -> Spread:
+    """How much seeds alone move a number, from all recipes together.
+
+    Three seeds tell next to nothing of a standard deviation; pooled over recipes they do, as far
+    as the recipes scatter alike.
+
+    Args:
+        table: a row a recipe, a column a seed, no value missing.
+        paired: whether what all recipes share by seed is taken out first.
+        level: confidence level, 0..1.
+
+    Returns:
+        The standard deviation of one run about its recipe's mean; if `paired`, that of the
+        difference of two recipes at one seed (the residual of recipe + seed, times √2).
+
+    Raises:
+        ValueError: there are fewer than two seeds, or, if `paired`, than two recipes.
+
+    Source: residual mean squares of the one- and two-way layouts, Scheffé, The Analysis of
+    Variance (1959), chapters 3 and 4; the interval is that of chi-squared.
+    """
+    recipes, seeds = table.shape
+    if seeds < 2 or recipes < 1 + paired:
+        raise ValueError(
+            f"table: got {recipes} recipes and {seeds} seeds; allowed are at least "
+            f"{1 + paired} and 2"
+        )
+    x = table.to_numpy(float)
+    residual = x - x.mean(axis=1, keepdims=True)
+    df = recipes * (seeds - 1)
+    if paired:
+        residual = residual - residual.mean(axis=0)
+        df = (recipes - 1) * (seeds - 1)
+    sd = math.sqrt((1 + paired) * float((residual**2).sum()) / df)
+    low, high = (sd * math.sqrt(df / stats.chi2.ppf((1 + s * level) / 2, df)) for s in (1, -1))
+    return Spread(sd, low, high, df)
+
+
+def seeds_needed(
+    difference: float, sd: float, *, paired: bool = False, power: float = 0.8, level: float = 0.05
+) -> int:
+    """How many seeds each of two recipes needs for a true difference to be found.
+
+    Args:
+        difference: the true difference, above 0, in the unit of `sd`.
+        sd: standard deviation of one run, or if `paired` of the difference at one seed; ≥ 0.
+        paired: whether Student's paired test is planned, else his test of two samples.
+        power: probability of finding it, 0..1.
+        level: two-sided significance level, 0..1.
+
+    Returns:
+        Seeds a recipe, at least 2.
+
+    Raises:
+        ValueError: `difference` or `sd` is out of range.
+
+    Source: Cohen, Statistical Power Analysis for the Behavioral Sciences (1988), chapter 2; from
+    the noncentral t distribution.
+    """
+    if difference <= 0 or sd < 0:
+        raise ValueError(f"difference, sd: got {difference}, {sd}; allowed are above 0, 0 or more")
+
+    def missing_power(n: float) -> float:
+        df = n - 1 if paired else 2 * (n - 1)
+        shift = difference / sd * math.sqrt(n if paired else n / 2)
+        limit = stats.t.ppf(1 - level / 2, df)
+        return power - float(stats.nct.sf(limit, df, shift) + stats.nct.cdf(-limit, df, shift))
+
+    if sd == 0 or missing_power(2) <= 0:
+        return 2
+    enough = 2.0
+    while missing_power(enough) > 0:
+        enough *= 2
+    return math.ceil(optimize.brentq(missing_power, enough / 2, enough))

@@ -1,0 +1,179 @@
+"""Statistics over seeds against numbers by hand, published tables, scipy and simulation."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from cifar_lib.evaluate import mean_interval
+from cifar_lib.evaluate_statistics import (
+    Difference,
+    compare_recipes,
+    difference_interval,
+    pooled_spread,
+    seeds_needed,
+    verdict_lines,
+)
+
+
+def test_shared_seeds_are_paired() -> None:
+    plain, remedy = {0: 0.70, 1: 0.74, 2: 0.72}, {2: 0.75, 0: 0.71, 1: 0.76}
+    difference = difference_interval(remedy, plain)
+    # Differences 0.01, 0.02, 0.03: mean 0.02, sd 0.01, t of 2 degrees of freedom 4.302653.
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert difference.mean == pytest.approx(0.02)
+    assert difference.low == pytest.approx(0.02 - half, abs=1e-7)
+    assert difference.high == pytest.approx(0.02 + half, abs=1e-7)
+    assert (difference.n, difference.method) == (3, "paired by seed")
+
+
+def test_other_seeds_are_compared_by_welch() -> None:
+    a, b = {0: 1.0, 1: 2.0, 2: 3.0}, {5: 1.0, 6: 5.0}
+    difference = difference_interval(a, b)
+    # Variances 1 and 8: squared error 1/3 + 4, Welch's degrees of freedom by his formula.
+    squared = 1 / 3 + 8 / 2
+    df = squared**2 / ((1 / 3) ** 2 / 2 + 4**2 / 1)
+    half = stats.t.ppf(0.975, df) * math.sqrt(squared)
+    assert (difference.mean, difference.n, difference.method) == (-1.0, 2, "Welch")
+    assert (difference.low, difference.high) == pytest.approx((-1 - half, -1 + half))
+
+
+def test_part_of_the_seeds_shared_is_not_paired() -> None:
+    assert difference_interval({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0, 2: 4.0}).method == "Welch"
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_one_run_has_no_interval_and_shows_nothing(seed: int) -> None:
+    difference = difference_interval({0: 0.9}, {seed: 0.5})
+    assert (difference.low, difference.high, difference.n) == (None, None, 1)
+    assert difference.verdict == "one run on a side: no interval"
+
+
+def test_no_spread_at_all_is_a_point() -> None:
+    difference = difference_interval({0: 0.5, 1: 0.5}, {2: 0.25, 3: 0.25})
+    assert (difference.low, difference.high) == (0.25, 0.25)
+
+
+def test_no_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match="values, reference: got none"):
+        difference_interval({0: 0.5}, {})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 0.3, "higher"),
+        (-0.3, -0.1, "lower"),
+        (-0.1, 0.3, "nothing was shown"),
+        (0.0, 0.3, "nothing was shown"),
+        (-0.3, 0.0, "nothing was shown"),
+        (None, None, "one run on a side: no interval"),
+    ],
+)
+def test_the_verdict_is_read_off_the_interval(low, high, said) -> None:
+    assert Difference(0.2, low, high, 3, "Welch").verdict == said
+
+
+def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
+    values = {"a": [0.5, 0.6], "a2": [0.7, 0.8], "b": [0.1], "b2": [0.3, 0.3]}
+    rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    table = compare_recipes(frame, {"a2": "a", "b2": "b", "b": "b"})
+    assert list(table.index) == ["a", "a2", "b", "b2"]
+    assert table["n"].tolist() == [2, 2, 1, 2]
+    interval = mean_interval([0.7, 0.8])
+    assert tuple(table.loc["a2", ["mean", "low", "high"]]) == (
+        interval.mean,
+        interval.low,
+        interval.high,
+    )
+    assert table["against"].fillna("").tolist() == ["", "a", "", "b"]
+    assert table.loc[["a2", "b2"], "worth"].tolist() == pytest.approx([0.2, 0.2])
+    assert table.loc["a2", ["method", "verdict"]].tolist() == ["paired by seed", "higher"]
+    assert table.loc["b2", "verdict"] == "one run on a side: no interval"
+
+
+def test_the_words_are_those_of_the_intervals() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.72, 0.83], "c": [0.4, 0.8, 0.6], "one": [0.9]}
+    rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    table = compare_recipes(frame, dict.fromkeys(values, "a"))
+    # b - a: 0.11, 0.12, 0.13, so 12 ± 4.302653 / √3 = 2.48 points; c - a: sd 0.1 √3, so ± 43.03.
+    assert verdict_lines(table) == [
+        "b: +12.00 points [+9.52, +14.48] against a (n = 3, paired by seed): higher",
+        "c: +0.00 points [-43.03, +43.03] against a (n = 3, paired by seed): nothing was shown",
+        "one: +30.00 points against a (n = 1, Welch): one run on a side: no interval",
+    ]
+    assert verdict_lines(table, "nats", 1)[0].startswith("b: +0.12 nats [+0.10, +0.14]")
+    alone = compare_recipes(frame, {"one": "one"})
+    assert verdict_lines(alone) == [] and list(alone.columns) == list(table.columns)
+
+
+def test_the_spread_is_pooled_within_recipes() -> None:
+    table = pd.DataFrame([[1.0, 2.0, 3.0], [10.0, 10.0, 16.0]])
+    spread = pooled_spread(table)
+    # Sums of squares 2 and 24, degrees of freedom 2 and 2.
+    assert (spread.sd, spread.df) == (pytest.approx(math.sqrt(26 / 4)), 4)
+    # Chi-squared of 4 degrees of freedom: 0.4844 and 11.1433, from any table.
+    assert spread.low == pytest.approx(math.sqrt(26 / 11.1433), rel=1e-4)
+    assert spread.high == pytest.approx(math.sqrt(26 / 0.4844), rel=1e-4)
+
+
+def test_the_paired_spread_of_two_recipes_is_that_of_their_differences() -> None:
+    table = pd.DataFrame([[1.0, 2.0, 3.0, 7.0], [1.5, 2.1, 3.9, 6.0]])
+    spread = pooled_spread(table, paired=True)
+    assert spread.sd == pytest.approx(np.std(table.loc[1] - table.loc[0], ddof=1))
+    assert spread.df == 3
+
+
+def test_what_seeds_share_counts_unpaired_alone() -> None:
+    table = pd.DataFrame([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    assert pooled_spread(table).sd == 1
+    assert pooled_spread(table, paired=True).sd == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "paired", "said"),
+    [(3, 1, False, "got 3 recipes and 1 seeds; .* 1 and 2"), (1, 3, True, "1 recipes .* 2 and 2")],
+)
+def test_a_spread_needs_seeds(rows: int, columns: int, paired: bool, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pooled_spread(pd.DataFrame(np.zeros((rows, columns))), paired=paired)
+
+
+@pytest.mark.parametrize(
+    ("effect", "two_samples", "pairs"),
+    # Cohen (1988), table 2.4.1, and the same for one sample: 80 % power, two-sided 5 %.
+    [(0.2, 394, 199), (0.5, 64, 34), (0.8, 26, 15), (1.0, 17, 10)],
+)
+def test_seeds_needed_are_cohens(effect: float, two_samples: int, pairs: int) -> None:
+    assert seeds_needed(0.003 * effect, 0.003) == two_samples
+    assert seeds_needed(0.003 * effect, 0.003, paired=True) == pairs
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_seeds_needed_find_the_difference_as_often_as_promised(paired: bool) -> None:
+    n = seeds_needed(0.3, 0.25, paired=paired)
+    generator = np.random.default_rng(0)
+
+    def found(n: int) -> float:
+        b = generator.normal(0, 0 if paired else 0.25, (40_000, n))
+        a = generator.normal(0.3, 0.25, (40_000, n))
+        test = stats.ttest_1samp(a - b, 0, axis=1) if paired else stats.ttest_ind(a, b, axis=1)
+        return float((test.pvalue < 0.05).mean())
+
+    error = 3 * math.sqrt(0.8 * 0.2 / 40_000)
+    assert found(n) > 0.8 - error
+    assert found(n - 1) < 0.8 + error
+
+
+def test_two_seeds_are_the_least() -> None:
+    assert seeds_needed(0.3, 0.0) == seeds_needed(10.0, 0.001) == 2
+
+
+@pytest.mark.parametrize(("difference", "sd"), [(0.0, 1.0), (-0.3, 1.0), (0.3, -1.0)])
+def test_seeds_needed_refuses(difference: float, sd: float) -> None:
+    with pytest.raises(ValueError, match="difference, sd: got"):
+        seeds_needed(difference, sd)
