@@ -1,5 +1,6 @@
 """Reports: what a notebook leaves behind, and how it is read back."""
 
+import copy
 import io
 import json
 from dataclasses import asdict
@@ -78,6 +79,7 @@ class Report:
         runs: list[Run],
         dataset: DataInfo | None = None,
         reported: dict[str, Any] | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Writes `metrics.csv` and, last, `summary.json`.
 
@@ -86,6 +88,7 @@ class Report:
             runs: the finished runs, one a seed; may be empty.
             dataset: the data's record where there are no runs.
             reported: `accuracy` (0..1), `by` and `on` of the source study, if it has one.
+            more: further entries of the summary.
 
         Returns:
             The summary as written.
@@ -109,12 +112,35 @@ class Report:
             "git_commit": first.get("git_commit") or git_commit(),
             "code_sha256": codes.pop() if len(codes) == 1 else ("mixed" if codes else None),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **more,
         }
         if self.folder:
             if runs:
                 self.table("metrics", metrics_frame(runs))
             write_json(self.folder / "summary.json", summary)
         return summary
+
+    def finish_sweep(
+        self, runs: dict[str, list[Run]], dataset: DataInfo | None = None
+    ) -> pd.DataFrame:
+        """Writes a sub-folder for each variant, then the sweep's own `summary.json`.
+
+        Args:
+            runs: by variant its finished runs, as `sweep_runs` gives them.
+            dataset: the data's record.
+
+        Returns:
+            A row a variant, in the order given, the columns of `row_of`; accuracies in 0..1.
+        """
+        rows = {}
+        for name, finished in runs.items():
+            part = copy.copy(self)
+            part.folder = self.folder and self.folder / name
+            rows[name] = row_of(part.finish(finished[0].config, finished, variant=name))
+        columns = ("n", "val_accuracy", "test_accuracy", "low", "high", "train_seconds")
+        results = {name: {key: row[key] for key in columns} for name, row in rows.items()}
+        self.finish(None, [], dataset, variants=results)
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
 
 def _interval(values: list[float | None]) -> dict[str, Any] | None:
@@ -135,8 +161,12 @@ def interval_frame(summary: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").round(2)
 
 
-def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
+def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict[str, Any]]:
     """Reads every `summary.json` below a folder, in path order.
+
+    Args:
+        reports_dir: the folder, from the root of the checkout.
+        variants: whether those of a sweep's variants count; the sweep's own names them anyway.
 
     Returns:
         The summaries, each with `path`, its folder relative to `reports_dir`.
@@ -152,7 +182,8 @@ def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
             row_of(summary)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
-        summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
+        if variants or "variant" not in summary:
+            summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
     return summaries
 
 

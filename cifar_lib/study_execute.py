@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -132,7 +133,7 @@ class _Tee:
         self.log.write(text)
         self.log.flush()
         for line in text.splitlines():
-            if line.startswith("seed "):
+            if re.match(r"(\S+: )?seed \d", line):
                 print(f"      {line}", file=self.console, flush=True)
 
     def flush(self) -> None:

@@ -30,18 +30,20 @@ def runs(
     splits: Splits | None = None,
     progress: bool | None = None,
     force: bool = False,
+    label: str = "",
 ) -> list[results.Run]:
     """Returns the finished runs of a configuration, training those that are missing.
 
     Args:
         config: the recipe.
         seeds: one run each.
-        experiment: the folder's name below `runs/`.
+        experiment: the folder's name below `runs/`; a finished run is found in any other too.
         preset: under `quick` and `smoke` a run of other training code is repeated; under any
             other preset a finished run stays, and its summary tells what code it is of.
         splits: the data, if it is loaded already.
         progress: whether to show a bar; None shows it in a terminal and in JupyterLab.
         force: train even where a finished run exists.
+        label: stands before every line that is printed, not in the log.
 
     Returns:
         The runs in the order of `seeds`.
@@ -57,15 +59,14 @@ def runs(
     distributed.check_divisible(config, len(splits.train))
     finished = []
     for seed in seeds:
-        folder = results.run_folder(
-            ROOT / RUNS, experiment, seed, config.fingerprint(splits.info.sha256)
-        )
+        fingerprint = config.fingerprint(splits.info.sha256)
+        folder = distributed.on_main(partial(find_folder, experiment, seed, fingerprint))
         run = distributed.on_main(partial(_find, folder))
         stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
         if run is None or stale or force:
             distributed.on_main(partial(forget, folder, keep_state=run is None and not force))
             speaks = distributed.rank() == 0
-            with _logged(folder) if speaks else nullcontext():
+            with _logged(folder, label) if speaks else nullcontext():
                 bar = speaks and _wants_bar(progress)
                 run = train(config, seed, splits, folder, progress=bar)
         finished.append(run)
@@ -76,6 +77,13 @@ def _find(folder: Path) -> results.Run | None:
     return results.load_run(folder) if results.is_finished(folder) else None
 
 
+def find_folder(experiment: str, seed: int, fingerprint: str) -> Path:
+    """The folder of a run: where it is finished, below any experiment, else this experiment's."""
+    own = results.run_folder(ROOT / RUNS, experiment, seed, fingerprint)
+    places = [own, *sorted((ROOT / RUNS).glob(f"*/{own.name}"))]
+    return next(filter(results.is_finished, places), own)
+
+
 def forget(folder: Path, *, keep_state: bool = False) -> None:
     """Marks one run as not finished; without its training state it starts again."""
     (folder / results.SUMMARY).unlink(missing_ok=True)
@@ -84,14 +92,16 @@ def forget(folder: Path, *, keep_state: bool = False) -> None:
 
 
 @contextmanager
-def _logged(folder: Path) -> Iterator[None]:
+def _logged(folder: Path, label: str) -> Iterator[None]:
     """A line an epoch, to the console and to `train.log` in the run's folder at once."""
     folder.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("cifar_lib")
     level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.handleError = lambda record: None  # type: ignore[method-assign]  # training tells it
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter(f"{label}: %(message)s" if label else None))
+    handlers: list[logging.Handler] = [console, file]
     logger.setLevel(logging.INFO)
     for handler in handlers:
         logger.addHandler(handler)

@@ -1,0 +1,163 @@
+"""A sweep: one base configuration, many variants of it, each with its seeds, in one YAML file."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_lib import results
+from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.data import Splits, load_splits
+from cifar_lib.study_runs import runs
+from cifar_lib.train import check_runnable
+
+REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on")
+"""What a parameter file says beside the fields of TrainConfig."""
+KEYS = ("question", "base", "seeds", "variants", "grid")
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file asks for: by the variant's name its configuration and its seeds."""
+
+    name: str
+    question: str
+    variants: dict[str, TrainConfig]
+    seeds: dict[str, list[int]]
+
+    @property
+    def pairs(self) -> Iterator[tuple[str, TrainConfig, int]]:
+        """Variant, configuration and seed of every run."""
+        for name, config in self.variants.items():
+            for seed in self.seeds[name]:
+                yield name, config, seed
+
+
+def read_sweep(path: str | Path, seeds: Sequence[int] = ()) -> Sweep:
+    """Reads a sweep file and checks every variant before anything runs.
+
+    The file has `question`; `base`, the fields of TrainConfig or the path of a parameter file
+    beside it; `seeds` (default [0]); and `variants` (name: fields that differ, and `seeds` if it
+    has its own), `grid` (field: list of values, all combinations, named like
+    `optimizer=adam,batch_size=64`), or both, one after the other.
+
+    Args:
+        path: the file, from the root of the checkout.
+        seeds: for every variant instead of the file's, where there are any.
+
+    Raises:
+        ValueError: names the file, the variant and the field.
+    """
+    path = ROOT / path
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    values = read_yaml(path)
+    if unknown := sorted(set(values) - set(KEYS)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(KEYS)}")
+    question = values.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{where}: question: got {question!r}; allowed is one sentence")
+    base = values.get("base")
+    if isinstance(base, str):
+        base = {k: v for k, v in read_yaml(path.parent / base).items() if k not in REPORT_ONLY}
+    if not isinstance(base, dict):
+        raise ValueError(f"{where}: base: got {base!r}; allowed are fields or a parameter file")
+    default = check_seeds(values.get("seeds", [0]), where)
+    variants: dict[str, TrainConfig] = {}
+    by_name: dict[str, list[int]] = {}
+    for name, changes in _variants(values, where):
+        if not SAFE_NAME.fullmatch(name) or name in variants:
+            raise ValueError(
+                f"{where}: variant {name!r}: allowed are different names of at most 100 letters, "
+                "digits and ._=,+- that begin with a letter or digit"
+            )
+        own = check_seeds(changes.pop("seeds", default), f"{where}, variant {name!r}")
+        try:
+            variants[name] = parse_config(base | changes)
+        except ValueError as error:
+            raise ValueError(f"{where}, variant {name!r}: {error}") from None
+        by_name[name] = list(seeds) or own
+    return Sweep(path.stem, question, variants, by_name)
+
+
+def check_seeds(seeds: Any, where: str | Path) -> list[int]:
+    """Refuses what is no list of different whole numbers from 0 on, naming `where`."""
+    whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}: seeds: got {seeds!r}; allowed are different ints ≥ 0")
+    return list(seeds)
+
+
+def sweep_runs(
+    sweep: Sweep, *, preset: str = "full", progress: bool | None = None, force: bool = False
+) -> dict[str, list[results.Run]]:
+    """Returns the finished runs of every variant, training those that are missing.
+
+    All runs of a sweep lie in one folder, `runs/<sweep>/`, and a finished run is found again
+    wherever it lies below `runs/`: what two variants or two sweeps have in common is trained once.
+
+    Args:
+        sweep: as `read_sweep` gives it.
+        preset: as in :func:`cifar_lib.study_runs.runs`.
+        progress: likewise.
+        force: likewise.
+
+    Returns:
+        By variant its runs, in the order of its seeds.
+
+    Raises:
+        RuntimeError: some runs failed, after all others were tried; a line for each.
+    """
+    for config in sweep.variants.values():
+        check_runnable(config)
+    splits: dict[tuple[Any, ...], Splits] = {}
+    finished: dict[str, list[results.Run]] = {name: [] for name in sweep.variants}
+    same: dict[str, results.Run] = {}  # variants may share a run; forced, it is trained once too
+    failed = []
+    for name, c, seed in sweep.pairs:
+        data = (c.dataset, c.data_dir, c.val_fraction, c.n_train, c.split_seed)
+        if data not in splits:
+            splits[data] = load_splits(c)
+        key = f"{seed}-{c.fingerprint()}"
+        try:
+            if key not in same:
+                (same[key],) = runs(
+                    c,
+                    [seed],
+                    experiment=sweep.name,
+                    preset=preset,
+                    splits=splits[data],
+                    progress=progress,
+                    force=force,
+                    label=name,
+                )
+            finished[name].append(same[key])
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            failed.append(f"{name}, seed {seed}: {error}")
+    if failed:
+        raise RuntimeError("\n".join([f"{len(failed)} runs failed", *failed]))
+    return finished
+
+
+def _variants(values: dict[str, Any], where: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    variants, grid = values.get("variants") or {}, values.get("grid") or {}
+    if not isinstance(variants, dict) or not isinstance(grid, dict) or not (variants or grid):
+        raise ValueError(f"{where}: variants, grid: allowed are names with their fields")
+    for name, changes in variants.items():
+        if not isinstance(changes or {}, dict):
+            raise ValueError(f"{where}, variant {name!r}: got {changes!r}; allowed are fields")
+        yield str(name), dict(changes or {})
+    for field, options in grid.items():
+        if not isinstance(options, list) or not options or field == "seeds":
+            raise ValueError(f"{where}: grid: {field}: got {options!r}; allowed is a list")
+    for combination in itertools.product(*grid.values()) if grid else ():
+        changes = dict(zip(grid, combination, strict=True))
+        yield ",".join(f"{field}={_text(value)}" for field, value in changes.items()), changes
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(_text, value))
+    return "null" if value is None else str(value)

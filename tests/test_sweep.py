@@ -1,0 +1,128 @@
+"""A sweep file: read whole and checked whole, what two variants share is trained once."""
+
+import pytest
+
+from cifar_lib import study_runs, study_sweep
+from cifar_lib import train as train_module
+from cifar_lib.config import ROOT
+from cifar_lib.reports import Report, read_summaries
+from cifar_lib.study_sweep import read_sweep, sweep_runs
+
+SMOKE = "tests/fixtures/sweeps/smoke.yaml"
+
+
+def test_variants_and_grid_become_configurations():
+    sweep = read_sweep(SMOKE)
+    assert (sweep.name, sweep.question[:5]) == ("smoke", "Smoke")
+    assert list(sweep.variants) == [
+        "default",
+        "twins",
+        "optimizer=adam,learning_rate=0.002",
+        "optimizer=adam,learning_rate=5e-4",
+        "optimizer=sgd,learning_rate=0.002",
+        "optimizer=sgd,learning_rate=5e-4",
+    ]
+    assert sweep.variants["optimizer=sgd,learning_rate=5e-4"].learning_rate == 0.0005
+    assert sweep.seeds["twins"] == [0, 1] and sweep.seeds["default"] == [0]
+    assert len(list(sweep.pairs)) == 7
+    assert set(map(tuple, read_sweep(SMOKE, seeds=[5]).seeds.values())) == {(5,)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seeds: [0]\n", "seed: [0]\n", "s.yaml: unknown key 'seed'"),
+        ("seeds: [0]\n", "seeds: [0, 0]\n", r"s.yaml: seeds: got \[0, 0\]"),
+        ("seeds: [0, 1]", "seeds: [x]", r"variant 'twins': seeds: got \['x'\]"),
+        ("question:", "variants: {}\nquestion:", "duplicate key 'variants'"),
+        ("question: ", "question:  # ", "s.yaml: question: got None"),
+        ("  width: 0.25", "  widht: 0.25", "s.yaml, variant 'default': unknown field 'widht'"),
+        ("twins: {", "twins: {epochs: 0, ", "variant 'twins': epochs: got 0"),
+        ("  twins:", "  a/b:", "variant 'a/b'"),
+        ("  twins:", "  ../x:", "variant '../x'"),
+        ("  twins:", "  optimizer=adam,learning_rate=0.002:", "different names"),
+        ("twins: {seeds: [0, 1]}", "twins: 3", "variant 'twins': got 3"),
+        ("[adam, sgd]", "[adam, sdg]", "variant 'optimizer=sdg,learning_rate=0.002': optimizer"),
+        ("[adam, sgd]", "adam", "grid: optimizer: got 'adam'"),
+        ("[adam, sgd]", "[]", r"grid: optimizer: got \[\]"),
+        ("base:\n", "base: nowhere.yaml\nx:\n", "unknown key 'x'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_and_field(tmp_path, old, new, said):
+    text = (ROOT / SMOKE).read_text()
+    assert old in text
+    (tmp_path / "s.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=said) as caught:
+        read_sweep(tmp_path / "s.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_may_be_a_parameter_file(tmp_path):
+    text = "question: Q?\nbase: {}\nvariants: {{more: {{epochs: 3}}}}\n"
+    params = ROOT / "params/01_baseline/study-b.yaml"
+    (tmp_path / "s.yaml").write_text(text.format(params))
+    config = read_sweep(tmp_path / "s.yaml").variants["more"]
+    assert (config.epochs, config.optimizer) == (3, "adam")
+    (tmp_path / "s.yaml").write_text(text.format("nowhere.yaml"))
+    with pytest.raises(ValueError, match="nowhere.yaml: No such file"):
+        read_sweep(tmp_path / "s.yaml")
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """Runs lie in a folder of the test's; every epoch that is trained is counted."""
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    epochs, real = [], train_module.train_epoch
+
+    def train_epoch(state, *rest):
+        epochs.append((state.config.learning_rate, state.config.optimizer, state.seed))
+        if state.config.optimizer == "sgd":
+            raise FloatingPointError("astray")
+        return real(state, *rest)
+
+    monkeypatch.setattr(train_module, "train_epoch", train_epoch)
+    return epochs
+
+
+TEXT = """\
+question: Q?
+base: {dataset: digits, n_train: 100, width: 0.125, batch_size: 50, epochs: 1, optimizer: adam,
+  learning_rate: 0.002, precision: fp32}
+variants: {default: , same: {device: cpu}, slow: {learning_rate: 0.001}}
+"""
+
+
+def test_what_variants_and_sweeps_share_is_trained_once(tmp_path, counted, capsys):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(TEXT)
+    one, two = (read_sweep(tmp_path / f"{name}.yaml") for name in ("one", "two"))
+    first = sweep_runs(one)
+    assert sorted(counted) == [(0.001, "adam", 0), (0.002, "adam", 0)]
+    assert first["default"][0].path == first["same"][0].path != first["slow"][0].path
+    assert "slow: seed 0 epoch 1/1" in capsys.readouterr().out
+    assert sweep_runs(two)["slow"][0].path == first["slow"][0].path and len(counted) == 2
+    sweep_runs(two, force=True)
+    assert len(counted) == 4
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path, counted):
+    text = TEXT.replace("{default: ,", "{bad: {optimizer: sgd},")
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(RuntimeError, match="1 runs failed\nbad, seed 0: astray"):
+        sweep_runs(read_sweep(tmp_path / "s.yaml"))
+    assert {epoch[1:] for epoch in counted} == {("adam", 0), ("sgd", 0)}
+    assert len(list(tmp_path.glob("runs/s/*/summary.json"))) == 2
+
+
+def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted, monkeypatch):
+    monkeypatch.setattr("cifar_lib.reports.ROOT", tmp_path)
+    (tmp_path / "s.yaml").write_text(TEXT)
+    runs = sweep_runs(read_sweep(tmp_path / "s.yaml"))
+    table = Report("out/s", "06_x", "s", "full", "Q?").finish_sweep(runs)
+    assert list(table.index) == list(runs) and table["n"].tolist() == [1, 1, 1]
+    (sweep,) = read_summaries("out")
+    assert sweep["path"] == "s" and sweep["runs"] == [] and list(sweep["variants"]) == list(runs)
+    assert (tmp_path / "out/s/slow/metrics.csv").is_file()
+    parts = [s for s in read_summaries("out", variants=True) if "variant" in s]
+    assert [s["path"] for s in parts] == ["s/default", "s/same", "s/slow"]
+    assert study_sweep.SAFE_NAME.fullmatch(parts[0]["variant"])
