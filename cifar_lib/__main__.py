@@ -29,12 +29,24 @@ Force = Annotated[bool, typer.Option("--force", help="Run again what is up to da
 
 @app.command()
 def study(
-    preset: Preset = "quick", only: Only = "*", seeds: Seeds = None, force: Force = False
+    preset: Preset = "quick",
+    only: Only = "*",
+    seeds: Seeds = None,
+    force: Force = False,
+    engine: Annotated[
+        str, typer.Option(help="Who trains what is missing: local (this machine) or ray.")
+    ] = "local",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time on a machine; they share its cores.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: auto or HOST:PORT; without, Ray starts here.")
+    ] = None,
 ) -> None:
     """Execute a preset's notebooks with papermill and put their reports into reports/PRESET."""
     from cifar_lib import index, study
 
-    failed = study.study(preset, only, seeds, force)
+    failed = study.study(preset, only, seeds, force, engine=engine, jobs=jobs, address=address)
     if preset == "full":
         for path in index.write_generated():
             typer.echo(f"updated {shown(path)}")
@@ -65,9 +77,10 @@ def train(
     from cifar_lib import distributed
     from cifar_lib.config import TrainConfig, parse_config, read_yaml
     from cifar_lib.study import runs
+    from cifar_lib.study_sweep import REPORT_ONLY
 
     with distributed.joined():
-        values = {k: v for k, v in read_yaml(params).items() if k not in _REPORT_ONLY}
+        values = {k: v for k, v in read_yaml(params).items() if k not in REPORT_ONLY}
         for assignment in parameter or []:
             name, equals, text = assignment.partition("=")
             if not equals:
@@ -177,7 +190,6 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 }
 # Typer carries a click of its own and exports only this subclass of its UsageError.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-_REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on", "reported_curve")
 
 
 def _print_result(result: dict[str, Any], where: str) -> None:

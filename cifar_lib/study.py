@@ -9,6 +9,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from cifar_lib.config import ROOT
 from cifar_lib.files import with_remedy
+from cifar_lib.study_engine import Engine, LocalEngine, Task, missing, tasks_of, train_tasks
 from cifar_lib.study_execute import (
     execute,
     forget_runs,
@@ -18,6 +19,7 @@ from cifar_lib.study_execute import (
     scratch_folder,
 )
 from cifar_lib.study_experiments import Experiment, load_preset
+from cifar_lib.study_ray import RayEngine
 from cifar_lib.study_runs import runs
 
 __all__ = ["runs", "study"]
@@ -29,26 +31,54 @@ def study(
     n_seeds: int | None = None,
     force: bool = False,
     console: TextIO = sys.stdout,
+    *,
+    engine: str = "local",
+    jobs: int | None = None,
+    address: str | None = None,
 ) -> list[Experiment]:
     """Runs a preset: every experiment that is not up to date, one after the other.
 
-    A failing experiment does not stop the others.
+    With Ray or more than one job all missing runs are trained first, and the notebooks find them
+    finished; else each notebook trains its own. A failing run or experiment does not stop the
+    others.
+
+    Args:
+        preset: a name in `params/study.yaml`.
+        only: a glob over `notebook/experiment`.
+        n_seeds: seeds 0 .. n_seeds - 1 instead of those in the file.
+        force: run again what is up to date.
+        console: gets the progress.
+        engine: who trains, `local` or `ray`.
+        jobs: runs at a time on one machine; None is one (local), or one a core or GPU (Ray).
+        address: `auto` or `host:port` of a Ray cluster; None starts Ray on this machine.
 
     Returns:
-        The experiments that failed, each with its notebook in `scratch_folder`.
+        The experiments that failed.
+
+    Raises:
+        ValueError: a mistake in the files or the arguments; nothing has run.
     """
 
     def say(text: str) -> None:
         print(text, file=console, flush=True)
 
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine: got {engine!r}; allowed are local, ray")
+    if address and engine != "ray":
+        raise ValueError(f"--address: got {address!r}; it goes with --engine ray")
     experiments = load_preset(preset, only, n_seeds)
     left = sum(e.minutes for e in experiments)
     say(
         f"preset {preset}: {len(experiments)} experiments, about {_time(60 * left)} on two cores "
         "if none is up to date"
     )
+    beforehand = engine == "ray" or (jobs or 1) > 1
+    lost: dict[str, str] = {}
+    if beforehand and (tasks := _missing_tasks(experiments, force)):
+        workers: Engine = RayEngine(jobs, address) if engine == "ray" else LocalEngine(jobs or 1)
+        lost = train_tasks(tasks, workers, say)
     spent, expected = 0.0, 0.0
-    failed = []
+    failed: dict[str, Experiment] = {}
     for i, experiment in enumerate(experiments, 1):
         head = f"[{i}/{len(experiments)}] {experiment.label}"
         key = input_key(experiment)
@@ -58,27 +88,43 @@ def study(
             continue
         # From here on nobody asks the network again: the data was found or is known missing.
         os.environ["CIFAR10_DOWNLOAD"] = "0"
+        names = [task.folder.name for task in tasks_of([experiment])] if lost else []
+        if errors := [lost[name] for name in names if name in lost]:
+            say(f"{head}: FAILED: {len(errors)} of {len(names)} runs")
+            failed |= dict.fromkeys(errors, experiment)
+            continue
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
         minutes = (experiment.minutes + left) * (spent + 5) / (expected + 5)
         say(f"{head}: running, about {_time(60 * minutes)} left for all")
         began = time.perf_counter()
-        if force:
+        if force and not beforehand:
             forget_runs(experiment)
         try:
             execute(experiment, key, console)
         except Exception as error:  # whatever it was, the others still run
-            failed.append(experiment)
+            notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
+            log = log_path(experiment).relative_to(ROOT)
+            failed[f"{experiment.label}; see {notebook} and {log}"] = experiment
             say(f"{head}: FAILED: {_last_line(error)}")
         else:
             seconds = time.perf_counter() - began
             spent, expected = spent + seconds / 60, expected + experiment.minutes
             where = experiment.destination.relative_to(ROOT)
             say(f"{head}: done in {_time(seconds)}, {where}/executed.ipynb")
-    for experiment in failed:
-        notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
-        log = log_path(experiment).relative_to(ROOT)
-        say(f"failed: {experiment.label}; see {notebook} and {log}")
-    return failed
+    for reason in failed:
+        say(f"failed: {reason}")
+    return list({experiment.label: experiment for experiment in failed.values()}.values())
+
+
+def _missing_tasks(experiments: list[Experiment], force: bool) -> list[Task]:
+    """What an engine trains beforehand: the missing runs of what is not up to date."""
+    to_run = [e for e in experiments if e.runs and (force or not is_up_to_date(e, input_key(e)))]
+    if force:
+        for experiment in to_run:
+            forget_runs(experiment)
+    tasks = missing(tasks_of(to_run))
+    os.environ["CIFAR10_DOWNLOAD"] = "0"
+    return tasks
 
 
 def _last_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from traitlets.config import Config
 from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
 from cifar_lib.files import hash_files
-from cifar_lib.results import run_folder
+from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment
 from cifar_lib.study_runs import RUNS, forget
 
@@ -36,6 +36,9 @@ def input_key(experiment: Experiment) -> str:
             for path in sorted(root.glob("**/summary.json"))
             if experiment.destination not in path.parents
         ]
+    elif "sweep" in experiment.parameters:
+        parts.append((ROOT / experiment.parameters["sweep"]).read_text(encoding="utf-8"))
+        parts += [(task.label, task.folder.name) for task in tasks_of([experiment])]
     else:
         train_set, _ = load_dataset(config.dataset, config.data_dir)
         parts.append(train_set.info.sha256)
@@ -104,11 +107,8 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
 
 def forget_runs(experiment: Experiment) -> None:
     """Marks the runs of an experiment, and no others, to be trained again."""
-    config = experiment.config
-    train_set, _ = load_dataset(config.dataset, config.data_dir)
-    for seed in experiment.seeds:
-        fingerprint = config.fingerprint(train_set.info.sha256)
-        forget(run_folder(ROOT / RUNS, experiment.name, seed, fingerprint))
+    for task in tasks_of([experiment]):
+        forget(task.folder)
 
 
 def scratch_folder(experiment: Experiment) -> Path:

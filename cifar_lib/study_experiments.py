@@ -10,6 +10,7 @@ import papermill
 
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 from cifar_lib.files import inside, plain_name, shown
+from cifar_lib.study_sweep import check_seeds, read_sweep
 from cifar_lib.train import check_runnable
 
 # What the runner itself tells a notebook, beside the parameters of the file.
@@ -18,7 +19,11 @@ RUNNER_PARAMETERS = ("experiment", "preset", "report_dir", "seeds")
 
 @dataclass(frozen=True)
 class Experiment:
-    """One execution of one notebook: what `params/study.yaml` and a parameter file say."""
+    """One execution of one notebook: what `params/study.yaml` and a parameter file say.
+
+    A notebook with a parameter `sweep` gets the path of its file there, which is a sweep file;
+    its `seeds` are then empty, or stand for every variant instead of the file's.
+    """
 
     preset: str
     notebook: str
@@ -48,9 +53,19 @@ class Experiment:
         return config_of(self.parameters)
 
     @property
+    def runs(self) -> list[tuple[str, TrainConfig, int]]:
+        """Name, configuration and seed of every run; none where nothing is trained."""
+        if "sweep" in self.parameters:
+            sweep = read_sweep(self.parameters["sweep"], self.seeds)
+            return [(f"{self.name}/{v}", config, seed) for v, config, seed in sweep.pairs]
+        if "model" not in self.parameters:
+            return []
+        return [(self.name, self.config, seed) for seed in self.seeds]
+
+    @property
     def minutes(self) -> float:
         """Expected time on two cores, minutes."""
-        return self.minutes_per_seed * len(self.seeds)
+        return self.minutes_per_seed * max(1, len(self.runs))
 
 
 def config_of(parameters: dict[str, Any]) -> TrainConfig:
@@ -106,26 +121,30 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
             f"params/study.yaml, preset {preset!r}: got {entry!r}; an experiment has "
             f"notebook, params and optionally seeds, minutes_per_seed"
         )
-    seeds, minutes = entry.get("seeds", [0]), entry.get("minutes_per_seed", 1.0)
-    whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{entry['params']}: seeds: got {seeds!r}; allowed are different ints ≥ 0")
+    seeds = check_seeds(entry.get("seeds", [0]), entry["params"])
+    minutes = entry.get("minutes_per_seed", 1.0)
     if not isinstance(minutes, int | float) or minutes <= 0:
         raise ValueError(f"{entry['params']}: minutes_per_seed: got {minutes!r}; allowed is > 0")
     path = inside(ROOT / "params", entry["params"], "params")
-    parameters = read_yaml(path)
+    where = shown(path)
     experiment = Experiment(
         plain_name(preset, "preset"),
         plain_name(entry["notebook"], "notebook"),
         plain_name(path.stem, "params"),
-        parameters,
+        {},
         seeds,
         minutes,
     )
     if not experiment.source.is_file():
         raise ValueError(f"params/study.yaml: no notebook {experiment.source.relative_to(ROOT)}")
-    check_parameters(parameters, experiment.source, shown(path))
-    return experiment
+    if "sweep" in notebook_parameters(experiment.source):
+        if "seeds" in entry:
+            raise ValueError(f"params/study.yaml: {entry['params']} is a sweep and has its seeds")
+        read_sweep(path)
+        return replace(experiment, parameters={"sweep": f"params/{entry['params']}"}, seeds=[])
+    parameters = read_yaml(path)
+    check_parameters(parameters, experiment.source, where)
+    return replace(experiment, parameters=parameters)
 
 
 def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Path) -> None:

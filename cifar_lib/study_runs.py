@@ -57,24 +57,52 @@ def runs(
         raise ValueError(f"seeds: got {list(seeds)!r}; allowed are ints")
     splits = splits or distributed.on_main(lambda: load_splits(config))
     distributed.check_divisible(config, len(splits.train))
+    fingerprint = config.fingerprint(splits.info.sha256)
     finished = []
     for seed in seeds:
-        fingerprint = config.fingerprint(splits.info.sha256)
         folder = distributed.on_main(partial(find_folder, experiment, seed, fingerprint))
-        run = distributed.on_main(partial(_find, folder))
-        stale = run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256()
-        if run is None or stale or force:
-            distributed.on_main(partial(forget, folder, keep_state=run is None and not force))
-            speaks = distributed.rank() == 0
-            with _logged(folder, label) if speaks else nullcontext():
-                bar = speaks and _wants_bar(progress)
-                run = train(config, seed, splits, folder, progress=bar)
-        finished.append(run)
+        if force:
+            distributed.on_main(partial(forget, folder))
+        bar = _wants_bar(progress)
+        finished.append(complete_run(folder, config, seed, splits, preset, label, bar))
     return finished
 
 
-def _find(folder: Path) -> results.Run | None:
-    return results.load_run(folder) if results.is_finished(folder) else None
+def complete_run(
+    folder: Path,
+    config: TrainConfig,
+    seed: int,
+    splits: Splits,
+    preset: str,
+    label: str | None = None,
+    progress: bool = False,
+) -> results.Run:
+    """Returns the finished run in a folder, trained, or trained to its end, if it is missing.
+
+    Args:
+        folder: the run's.
+        config: the recipe.
+        seed: of the run.
+        splits: the data.
+        preset: as in `runs`.
+        label: stands before every line that is printed; None prints none.
+        progress: whether to show a bar.
+    """
+    run = distributed.on_main(partial(finished_run, folder, preset))
+    if run is None:
+        distributed.on_main(lambda: forget(folder, keep_state=not results.is_finished(folder)))
+        speaks = distributed.rank() == 0
+        with _logged(folder, label) if speaks else nullcontext():
+            run = train(config, seed, splits, folder, progress=progress and speaks)
+    return run
+
+
+def finished_run(folder: Path, preset: str) -> results.Run | None:
+    """The run in a folder, if it is finished and need not be repeated under this preset."""
+    run = results.load_run(folder) if results.is_finished(folder) else None
+    if run and preset in FRESH and run.summary["code_sha256"] != training_code_sha256():
+        return None
+    return run
 
 
 def find_folder(experiment: str, seed: int, fingerprint: str) -> Path:
@@ -92,16 +120,18 @@ def forget(folder: Path, *, keep_state: bool = False) -> None:
 
 
 @contextmanager
-def _logged(folder: Path, label: str) -> Iterator[None]:
-    """A line an epoch, to the console and to `train.log` in the run's folder at once."""
+def _logged(folder: Path, label: str | None) -> Iterator[None]:
+    """A line an epoch, to `train.log` in the run's folder and, with a label, to the console."""
     folder.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("cifar_lib")
     level, file = logger.level, logging.FileHandler(folder / "train.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     file.handleError = lambda record: None  # type: ignore[method-assign]  # training tells it
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter(f"{label}: %(message)s" if label else None))
-    handlers: list[logging.Handler] = [console, file]
+    handlers: list[logging.Handler] = [file]
+    if label is not None:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter(f"{label}: %(message)s" if label else None))
+        handlers.append(console)
     logger.setLevel(logging.INFO)
     for handler in handlers:
         logger.addHandler(handler)

@@ -13,7 +13,7 @@ from cifar_lib.data import Splits, load_splits
 from cifar_lib.study_runs import runs
 from cifar_lib.train import check_runnable
 
-REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on")
+REPORT_ONLY = ("question", "reported_accuracy", "reported_by", "reported_on", "reported_curve")
 """What a parameter file says beside the fields of TrainConfig."""
 KEYS = ("question", "base", "seeds", "variants", "grid")
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,99}")
@@ -76,6 +76,7 @@ def read_sweep(path: str | Path, seeds: Sequence[int] = ()) -> Sweep:
         own = check_seeds(changes.pop("seeds", default), f"{where}, variant {name!r}")
         try:
             variants[name] = parse_config(base | changes)
+            check_runnable(variants[name])
         except ValueError as error:
             raise ValueError(f"{where}, variant {name!r}: {error}") from None
         by_name[name] = list(seeds) or own
@@ -110,8 +111,6 @@ def sweep_runs(
     Raises:
         RuntimeError: some runs failed, after all others were tried; a line for each.
     """
-    for config in sweep.variants.values():
-        check_runnable(config)
     splits: dict[tuple[Any, ...], Splits] = {}
     finished: dict[str, list[results.Run]] = {name: [] for name in sweep.variants}
     same: dict[str, results.Run] = {}  # variants may share a run; forced, it is trained once too

@@ -6,15 +6,26 @@ import json
 import nbformat
 import pytest
 
-from cifar_lib import reports, study, study_execute, study_experiments, study_runs, train_state
+from cifar_lib import (
+    reports,
+    study,
+    study_engine,
+    study_execute,
+    study_experiments,
+    study_runs,
+    study_sweep,
+    train_state,
+)
 from cifar_lib import train as train_module
 from cifar_lib.config import ROOT, read_yaml
 from cifar_lib.data import load_dataset
 from cifar_lib.study_experiments import load_preset
+from cifar_lib.study_sweep import read_sweep
 
 PARAMETERS = """\
 question: str = "What?"  # what it asks
 dataset: str = "digits"  # auto, cifar10 or digits
+model: str = "small_cnn"  # a name in MODELS
 epochs: int = 1  # passes
 broken: bool = False  # whether to fail
 seeds: list = [0]  # one run each
@@ -45,13 +56,14 @@ presets:
   idle:
     - {notebook: toy, params: toy/one.yaml, minutes_per_seed: soon}
 """
-ONE = "question: One?\ndataset: digits\nepochs: 1\n"
+ONE = "question: One?\ndataset: digits\nmodel: small_cnn\nepochs: 1\n"
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with one toy notebook, two experiments and the real library."""
-    for module in (study, study_execute, study_experiments, study_runs, reports):
+    rooms = (study, study_engine, study_execute, study_experiments, study_runs, study_sweep)
+    for module in (*rooms, reports):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
     (tmp_path / "notebooks").mkdir()
@@ -75,7 +87,7 @@ def checkout(tmp_path, monkeypatch):
         ("quick", "*", ONE + "lr: 0.1\n", "one.yaml: unknown parameter 'lr'; toy.ipynb accepts"),
         ("quick", "*", ONE + "seeds: [1]\n", "unknown parameter 'seeds'"),
         ("quick", "*", "question: One?\ndataset: digits\n", "missing parameter 'epochs'"),
-        ("quick", "*", ONE + "epochs: 2\n", "line 4: duplicate key 'epochs'"),
+        ("quick", "*", ONE + "epochs: 2\n", "line 5: duplicate key 'epochs'"),
         ("quick", "*", ONE.replace("1", "-1"), "one.yaml: epochs: got -1"),
         ("twice", "*", ONE, "names an experiment twice"),
         ("typo", "*", ONE, "'param'"),
@@ -153,7 +165,8 @@ def test_every_committed_preset_is_sound(preset):
         assert set(study_experiments.notebook_parameters(experiment.source)) >= {
             *study_experiments.RUNNER_PARAMETERS
         }
-        assert experiment.parameters["question"].rstrip()
+        sweep = experiment.parameters.get("sweep")
+        assert read_sweep(sweep).question if sweep else experiment.parameters["question"].strip()
 
 
 def test_every_parameter_file_is_in_a_preset():
@@ -174,6 +187,7 @@ def test_every_notebook_parameter_means_something():
         "reported_curve",
         "reports_dir",
         "systems",
+        "sweep",
     }
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         assert set(study_experiments.notebook_parameters(path)) <= known, path.name

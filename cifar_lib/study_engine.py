@@ -1,0 +1,224 @@
+"""Engines: who trains the missing runs of a study before its notebooks ask for them.
+
+An engine takes a task while it has room and gives it back when the run has ended. All that a run
+leaves lies in its folder: a worker that dies costs no more than the epoch it was in, and progress
+is read from `train.log`, wherever the worker is.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import signal
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from filelock import FileLock
+
+from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.data import load_dataset, load_splits
+from cifar_lib.study_experiments import Experiment
+from cifar_lib.study_runs import RUNS, find_folder, finished_run, runs
+
+RETRIES = 3
+"""How often a run is tried again whose worker died; a run that fails is not."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: its name on the console, its recipe and where it lies."""
+
+    label: str
+    preset: str
+    config: TrainConfig
+    seed: int
+    folder: Path
+
+
+class Engine(Protocol):
+    """What trains tasks somewhere else."""
+
+    @property
+    def room(self) -> int:
+        """How many more tasks it takes now."""
+
+    def start(self, task: Task) -> None:
+        """Takes a task."""
+
+    def finished(self, timeout: float) -> list[tuple[Task, str]]:
+        """Waits at most `timeout` seconds; returns tasks that ended, and why where they failed."""
+
+    def close(self) -> None:
+        """Ends all workers."""
+
+
+def tasks_of(experiments: Sequence[Experiment]) -> list[Task]:
+    """Every run of some experiments, what they share once; finished or not."""
+    sha256: dict[tuple[str, str | None], str] = {}
+    tasks: dict[str, Task] = {}
+    for experiment in experiments:
+        for label, config, seed in experiment.runs:
+            data = (config.dataset, config.data_dir)
+            if data not in sha256:
+                sha256[data] = load_dataset(*data)[0].info.sha256
+            folder = find_folder(experiment.name, seed, config.fingerprint(sha256[data]))
+            task = Task(label, experiment.preset, config, seed, folder)
+            tasks.setdefault(folder.name, task)
+    return list(tasks.values())
+
+
+def missing(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks whose run is not finished, or has to be repeated under its preset."""
+    return [task for task in tasks if finished_run(task.folder, task.preset) is None]
+
+
+def train_tasks(
+    tasks: Sequence[Task], engine: Engine, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Trains runs on an engine; a failing one does not stop the others. Closes the engine.
+
+    Args:
+        tasks: what is missing.
+        engine: who trains.
+        say: gets a line an epoch and a line a run.
+
+    Returns:
+        By the name of its folder, why a run failed.
+    """
+    waiting = deque(tasks)
+    active: dict[Path, tuple[Task, int]] = {}
+    failed: dict[str, str] = {}
+    ended = 0
+    try:
+        while waiting or active:
+            while waiting and engine.room > 0:
+                task = waiting.popleft()
+                task.folder.mkdir(parents=True, exist_ok=True)
+                log = task.folder / "train.log"
+                active[task.folder] = task, log.stat().st_size if log.exists() else 0
+                engine.start(task)
+            done = engine.finished(timeout=1.0)
+            for folder, (task, offset) in active.items():
+                lines, offset = _new_lines(folder / "train.log", offset)
+                active[folder] = task, offset
+                for line in lines:
+                    say(f"      {task.label}: {line}")
+            for task, error in done:
+                del active[task.folder]
+                ended += 1
+                head = f"  {ended}/{len(tasks)} {task.label}, seed {task.seed}"
+                say(f"{head}: FAILED: {error}" if error else f"{head}: done")
+                if error:
+                    failed[task.folder.name] = f"{task.label}, seed {task.seed}: {error}"
+    finally:
+        engine.close()
+    return failed
+
+
+def train_task(task: Task, threads: int) -> str:
+    """Trains one run in this process without a word; returns why it failed, or nothing."""
+    torch.set_num_threads(threads)
+    try:
+        splits = load_splits(task.config)
+        name = f"{task.seed}-{task.config.fingerprint(splits.info.sha256)}"
+        if task.folder != ROOT / RUNS / task.folder.parent.name / name or not task.folder.is_dir():
+            return (
+                f"{platform.node()} has other data or does not see {task.folder}: all nodes need "
+                "one checkout on shared storage, under one path"
+            )
+        # A worker thought dead may still be at it: whoever comes second waits, then finds the run.
+        with (
+            FileLock(task.folder / ".claim"),
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):
+            experiment, seeds = task.folder.parent.name, [task.seed]
+            options = {"preset": task.preset, "splits": splits, "progress": False}
+            runs(task.config, seeds, experiment=experiment, **options)  # type: ignore[arg-type]
+    except Exception as error:  # whatever it was, the others still run
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
+class LocalEngine:
+    """Processes on this machine; one that dies is replaced, and its run goes on."""
+
+    def __init__(self, jobs: int) -> None:
+        """Starts the processes.
+
+        Args:
+            jobs: how many, at least 1; they share the threads that one run would have.
+        """
+        self.threads = max(1, torch.get_num_threads() // jobs)
+        self.idle = [self._start_process() for _ in range(jobs)]
+        self.busy: dict[Connection, tuple[SpawnProcess, Task, int]] = {}
+
+    @property
+    def room(self) -> int:
+        """How many processes wait for a run."""
+        return len(self.idle)
+
+    def start(self, task: Task, tries: int = 1) -> None:
+        """Hands a run to a process that waits for one."""
+        process, connection = self.idle.pop()
+        connection.send(task)
+        self.busy[connection] = process, task, tries
+
+    def finished(self, timeout: float) -> list[tuple[Task, str]]:
+        """Waits at most `timeout` seconds; returns tasks that ended, and why where they failed."""
+        done = []
+        for connection in wait(list(self.busy), timeout):
+            assert isinstance(connection, Connection)
+            process, task, tries = self.busy.pop(connection)
+            try:
+                done.append((task, connection.recv()))
+                self.idle.append((process, connection))
+            except (EOFError, OSError):
+                process.join()
+                self.idle.append(self._start_process())
+                if tries <= RETRIES:
+                    self.start(task, tries + 1)
+                else:
+                    error = f"its process died {tries} times, exit status {process.exitcode}"
+                    done.append((task, error))
+        return done
+
+    def close(self) -> None:
+        """Ends the processes; a run that one of them was at goes on from its last epoch."""
+        for process in [p for p, _ in self.idle] + [p for p, _, _ in self.busy.values()]:
+            process.terminate()
+            process.join()
+
+    def _start_process(self) -> tuple[SpawnProcess, Connection]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.threads), daemon=True)
+        process.start()
+        theirs.close()  # so that the death of the process is the end of the connection
+        return process, ours
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            connection.send(train_task(connection.recv(), threads))
+
+
+def _new_lines(log: Path, offset: int) -> tuple[list[str], int]:
+    """The whole lines behind `offset` without their time, and the offset behind them."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(offset)
+            text = file.read()
+    except FileNotFoundError:
+        return [], offset
+    text = text[: text.rfind(b"\n") + 1]
+    lines = text.decode(errors="replace").splitlines()
+    return [line.split(" ", 2)[-1] for line in lines], offset + len(text)
