@@ -20,7 +20,7 @@ from cifar_lib.study_execute import (
 )
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_ray import RayEngine
-from cifar_lib.study_runs import runs
+from cifar_lib.study_runs import forget, runs
 
 __all__ = ["runs", "study"]
 
@@ -74,8 +74,10 @@ def study(
     )
     beforehand = engine == "ray" or (jobs or 1) > 1
     lost: dict[str, str] = {}
-    if beforehand and (tasks := _missing_tasks(experiments, force)):
+    if beforehand and (tasks := _tasks_to_train(experiments, force)):
         workers: Engine = RayEngine(jobs, address) if engine == "ray" else LocalEngine(jobs or 1)
+        for task in tasks if force else ():
+            forget(task.folder)
         lost = train_tasks(tasks, workers, say)
     spent, expected = 0.0, 0.0
     failed: dict[str, Experiment] = {}
@@ -116,15 +118,12 @@ def study(
     return list({experiment.label: experiment for experiment in failed.values()}.values())
 
 
-def _missing_tasks(experiments: list[Experiment], force: bool) -> list[Task]:
-    """What an engine trains beforehand: the missing runs of what is not up to date."""
+def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
+    """What an engine trains: the missing runs of what is not up to date, or all if forced."""
     to_run = [e for e in experiments if e.runs and (force or not is_up_to_date(e, input_key(e)))]
-    if force:
-        for experiment in to_run:
-            forget_runs(experiment)
-    tasks = missing(tasks_of(to_run))
-    os.environ["CIFAR10_DOWNLOAD"] = "0"
-    return tasks
+    tasks = tasks_of(to_run)
+    os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
+    return tasks if force else missing(tasks)
 
 
 def _last_line(error: Exception) -> str:

@@ -7,9 +7,9 @@ is read from `train.log`, wherever the worker is.
 
 import contextlib
 import multiprocessing
-import os
 import platform
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ from typing import Protocol
 import torch
 from filelock import FileLock
 
-from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.config import TrainConfig
 from cifar_lib.data import load_dataset, load_splits
 from cifar_lib.study_experiments import Experiment
-from cifar_lib.study_runs import RUNS, find_folder, finished_run, runs
+from cifar_lib.study_runs import complete_run, find_folder, finished_run
 
 RETRIES = 3
 """How often a run is tried again whose worker died; a run that fails is not."""
@@ -127,20 +127,14 @@ def train_task(task: Task, threads: int) -> str:
     try:
         splits = load_splits(task.config)
         name = f"{task.seed}-{task.config.fingerprint(splits.info.sha256)}"
-        if task.folder != ROOT / RUNS / task.folder.parent.name / name or not task.folder.is_dir():
+        if task.folder.name != name or not task.folder.is_dir():
             return (
-                f"{platform.node()} has other data or does not see {task.folder}: all nodes need "
-                "one checkout on shared storage, under one path"
+                f"{platform.node()} has other data, or does not see {task.folder}: a cluster "
+                "needs both, under one path"
             )
         # A worker thought dead may still be at it: whoever comes second waits, then finds the run.
-        with (
-            FileLock(task.folder / ".claim"),
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-        ):
-            experiment, seeds = task.folder.parent.name, [task.seed]
-            options = {"preset": task.preset, "splits": splits, "progress": False}
-            runs(task.config, seeds, experiment=experiment, **options)  # type: ignore[arg-type]
+        with FileLock(task.folder / ".claim"):
+            complete_run(task.folder, task.config, task.seed, splits, task.preset)
     except Exception as error:  # whatever it was, the others still run
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return ""
@@ -205,7 +199,8 @@ class LocalEngine:
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes, in order:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             connection.send(train_task(connection.recv(), threads))

@@ -58,7 +58,7 @@ class Experiment:
         if "sweep" in self.parameters:
             sweep = read_sweep(self.parameters["sweep"], self.seeds)
             return [(f"{self.name}/{v}", config, seed) for v, config, seed in sweep.pairs]
-        if "model" not in self.parameters:
+        if "epochs" not in self.parameters:
             return []
         return [(self.name, self.config, seed) for seed in self.seeds]
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from typing import Any
 
 from cifar_lib.config import ROOT
@@ -22,6 +23,7 @@ class RayEngine:
             ValueError: Ray is not installed, or there is no cluster at the address.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # asks no network
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes over 30
         try:
             import ray
         except ImportError:
@@ -39,8 +41,11 @@ class RayEngine:
         if address is None:  # runs/ carries everything, so the object store stays small
             options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
         try:
+            if address and address != "auto":  # Ray itself would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", **options)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"--address: got {address!r}; no Ray cluster there: {reason}"

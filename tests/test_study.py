@@ -9,7 +9,6 @@ import pytest
 from cifar_lib import (
     reports,
     study,
-    study_engine,
     study_execute,
     study_experiments,
     study_runs,
@@ -25,7 +24,6 @@ from cifar_lib.study_sweep import read_sweep
 PARAMETERS = """\
 question: str = "What?"  # what it asks
 dataset: str = "digits"  # auto, cifar10 or digits
-model: str = "small_cnn"  # a name in MODELS
 epochs: int = 1  # passes
 broken: bool = False  # whether to fail
 seeds: list = [0]  # one run each
@@ -56,13 +54,13 @@ presets:
   idle:
     - {notebook: toy, params: toy/one.yaml, minutes_per_seed: soon}
 """
-ONE = "question: One?\ndataset: digits\nmodel: small_cnn\nepochs: 1\n"
+ONE = "question: One?\ndataset: digits\nepochs: 1\n"
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with one toy notebook, two experiments and the real library."""
-    rooms = (study, study_engine, study_execute, study_experiments, study_runs, study_sweep)
+    rooms = (study, study_execute, study_experiments, study_runs, study_sweep)
     for module in (*rooms, reports):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
@@ -87,7 +85,7 @@ def checkout(tmp_path, monkeypatch):
         ("quick", "*", ONE + "lr: 0.1\n", "one.yaml: unknown parameter 'lr'; toy.ipynb accepts"),
         ("quick", "*", ONE + "seeds: [1]\n", "unknown parameter 'seeds'"),
         ("quick", "*", "question: One?\ndataset: digits\n", "missing parameter 'epochs'"),
-        ("quick", "*", ONE + "epochs: 2\n", "line 5: duplicate key 'epochs'"),
+        ("quick", "*", ONE + "epochs: 2\n", "line 4: duplicate key 'epochs'"),
         ("quick", "*", ONE.replace("1", "-1"), "one.yaml: epochs: got -1"),
         ("twice", "*", ONE, "names an experiment twice"),
         ("typo", "*", ONE, "'param'"),
