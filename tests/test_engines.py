@@ -264,9 +264,7 @@ def test_ray_says_where_there_is_no_cluster(address, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny, monkeypatch):
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny):
     epochs = 16
     config = tiny(n_train=None, epochs=epochs, batch_size=10)
     tasks = [make_task(tmp_path, digits, config, seed) for seed in range(8)]

@@ -1,0 +1,107 @@
+"""Times what Ray adds to a run: the smallest runs on the digits, through Ray and in this process.
+
+Both train run after run, one at a time and on as many threads, in turns; each run loads its data,
+trains one epoch and writes its folder. What starting Ray and its first worker costs is paid once
+and stated apart.
+
+    python benchmarks/ray_overhead.py [--out FILE.json] [--runs 100] [--turns 5]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from cifar_lib.config import TrainConfig
+from cifar_lib.data import load_splits
+from cifar_lib.execution import choose_execution, describe_environment, describe_hardware
+from cifar_lib.study_engine import Task, train_task
+from cifar_lib.study_ray import RayEngine
+
+CONFIG = TrainConfig(
+    dataset="digits", n_train=100, width=0.125, batch_size=50, epochs=1, device="cpu"
+)
+
+
+def new_tasks(folder: Path) -> Iterator[Task]:
+    """Runs that differ in their seed alone, without end."""
+    fingerprint = CONFIG.fingerprint(load_splits(CONFIG).info.sha256)
+    seed = 0
+    while True:
+        run_dir = folder / f"{seed}-{fingerprint}"
+        run_dir.mkdir(parents=True)
+        yield Task("bench", "full", CONFIG, seed, run_dir)
+        seed += 1
+
+
+def through_ray(engine: RayEngine, tasks: list[Task]) -> float:
+    """Seconds a run, one at a time."""
+    began = time.perf_counter()
+    for task in tasks:
+        engine.start(task)
+    left = len(tasks)
+    while left:
+        for _, error in engine.finished(timeout=60):
+            assert not error, error
+            left -= 1
+    return (time.perf_counter() - began) / len(tasks)
+
+
+def in_process(threads: int, tasks: list[Task]) -> float:
+    """Seconds a run, one at a time."""
+    began = time.perf_counter()
+    for task in tasks:
+        error = train_task(task, threads)
+        assert not error, error
+    return (time.perf_counter() - began) / len(tasks)
+
+
+def main() -> None:
+    """Measures both, prints the difference and writes what was measured."""
+    parser = argparse.ArgumentParser(description="Times what Ray adds to a run.")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--runs", type=int, default=100, help="timed runs of each")
+    parser.add_argument("--turns", type=int, default=5, help="turns they are timed in")
+    options = parser.parse_args()
+    ray_seconds, own_seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = new_tasks(Path(folder))
+        in_process(1, list(islice(tasks, 1)))  # untimed: warms up
+        began = time.perf_counter()
+        engine = RayEngine(jobs=1)
+        try:
+            through_ray(engine, list(islice(tasks, 1)))
+            start_seconds = time.perf_counter() - began
+            for _ in range(options.turns):
+                some = max(1, options.runs // options.turns)
+                ray_seconds.append(through_ray(engine, list(islice(tasks, some))))
+                own_seconds.append(in_process(engine.cpus, list(islice(tasks, some))))
+        finally:
+            engine.close()
+    overhead = [a - b for a, b in zip(ray_seconds, own_seconds, strict=True)]
+    record = {
+        "hardware": describe_hardware(choose_execution(CONFIG)),
+        "environment": describe_environment(),
+        "runs": options.runs,
+        "ray_start_seconds": start_seconds,
+        "seconds_a_run": {"ray": ray_seconds, "in_process": own_seconds},
+        "overhead_seconds_a_run": {
+            "median": statistics.median(overhead),
+            "min": min(overhead),
+            "max": max(overhead),
+        },
+    }
+    print(f"Ray and its first worker: {start_seconds:.1f} s, once")
+    for name, seconds in (("Ray", ray_seconds), ("in process", own_seconds), ("added", overhead)):
+        span = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        print(f"{name:12}{statistics.median(seconds):6.2f} s a run, median of turns ({span})")
+    if options.out:
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
