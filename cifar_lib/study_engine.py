@@ -100,14 +100,13 @@ def train_tasks(
             while waiting and engine.room > 0:
                 task = waiting.popleft()
                 task.folder.mkdir(parents=True, exist_ok=True)
-                log = task.folder / "train.log"
-                active[task.folder] = task, log.stat().st_size if log.exists() else 0
+                active[task.folder] = task, len(_log_lines(task.folder))
                 engine.start(task)
             done = engine.finished(timeout=1.0)
-            for folder, (task, offset) in active.items():
-                lines, offset = _new_lines(folder / "train.log", offset)
-                active[folder] = task, offset
-                for line in lines:
+            for folder, (task, shown) in active.items():
+                lines = _log_lines(folder)
+                active[folder] = task, len(lines)
+                for line in lines[shown:]:
                     say(f"      {task.label}: {line}")
             for task, error in done:
                 del active[task.folder]
@@ -206,14 +205,8 @@ def _serve(connection: Connection, threads: int) -> None:
             connection.send(train_task(connection.recv(), threads))
 
 
-def _new_lines(log: Path, offset: int) -> tuple[list[str], int]:
-    """The whole lines behind `offset` without their time, and the offset behind them."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(offset)
-            text = file.read()
-    except FileNotFoundError:
-        return [], offset
-    text = text[: text.rfind(b"\n") + 1]
-    lines = text.decode(errors="replace").splitlines()
-    return [line.split(" ", 2)[-1] for line in lines], offset + len(text)
+def _log_lines(folder: Path) -> list[str]:
+    """The whole lines of a run's log, without their times."""
+    log = folder / "train.log"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return [line.split(" ", 2)[-1] for line in text.split("\n")[:-1]]

@@ -20,10 +20,12 @@ class RayEngine:
             address: `auto` or `host:port` of a cluster's head; None starts Ray on this machine.
 
         Raises:
-            ValueError: Ray is not installed, or there is no cluster at the address.
+            ValueError: Ray is not installed or does not start, or no cluster is at the address.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # asks no network
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine takes over 30
+        # On a busy machine Ray's processes take longer to start than the 30 s that it waits.
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+        os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
         try:
             import ray
         except ImportError:
@@ -45,11 +47,10 @@ class RayEngine:
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", **options)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Ray's own are of many kinds
+            what = f"no Ray cluster at {address!r}" if address else "Ray does not start here"
             reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--address: got {address!r}; no Ray cluster there: {reason}"
-            ) from None
+            raise ValueError(f"--engine ray: {what}: {reason}") from None
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = min(m["CPU"] for m in machines if m.get("CPU"))
         gpus = min((m["GPU"] for m in machines if m.get("GPU")), default=0)
