@@ -23,9 +23,6 @@ class RayEngine:
             ValueError: Ray is not installed or does not start, or no cluster is at the address.
         """
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # asks no network
-        # On a busy machine Ray's processes take longer to start than the 30 s that it waits.
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
-        os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
         try:
             import ray
         except ImportError:
@@ -42,15 +39,19 @@ class RayEngine:
         }
         if address is None:  # runs/ carries everything, so the object store stays small
             options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-        try:
-            if address and address != "auto":  # Ray itself would try for minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address or "local", **options)
-        except Exception as error:  # Ray's own are of many kinds
-            what = f"no Ray cluster at {address!r}" if address else "Ray does not start here"
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--engine ray: {what}: {reason}") from None
+        for attempt in (1, 2, 3):
+            try:
+                if address and address != "auto":  # Ray itself would try for minutes
+                    host, _, port = address.rpartition(":")
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                ray.init(address=address or "local", **options)
+                break
+            except Exception as error:  # Ray's own are of many kinds
+                # Its processes must start within 30 s; the second time they are in memory.
+                if address or attempt == 3:
+                    what = f"no Ray cluster at {address!r}" if address else "Ray does not start"
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(f"--engine ray: {what}: {reason}") from None
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = min(m["CPU"] for m in machines if m.get("CPU"))
         gpus = min((m["GPU"] for m in machines if m.get("GPU")), default=0)

@@ -264,11 +264,12 @@ def test_ray_says_where_there_is_no_cluster(address, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny):
+def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny, monkeypatch):
     epochs = 16
     config = tiny(n_train=None, epochs=epochs, batch_size=10)
     tasks = [make_task(tmp_path, digits, config, seed) for seed in range(8)]
     small = {"object_store_memory": 80 * 2**20}
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
     running: dict[str, int] = {}  # epochs of the runs that have begun and not ended
     ended, killed = [], []
