@@ -75,7 +75,9 @@ def study(
     beforehand = engine == "ray" or (jobs or 1) > 1
     lost: dict[str, str] = {}
     if beforehand and (tasks := _tasks_to_train(experiments, force)):
-        workers: Engine = RayEngine(jobs, address) if engine == "ray" else LocalEngine(jobs or 1)
+        workers: Engine = (
+            RayEngine(jobs, address) if engine == "ray" else LocalEngine(min(jobs or 1, len(tasks)))
+        )
         for task in tasks if force else ():
             forget(task.folder)
         lost = train_tasks(tasks, workers, say)
