@@ -35,7 +35,7 @@ ROOMS = [
     "__main__",
 ]
 LINES_OF_A_FILE = 300
-CODE_LINES_OF_THE_LIBRARY = 3000
+CODE_LINES_OF_THE_LIBRARY = 4200
 
 
 def room_of(module: str) -> str:

@@ -29,7 +29,7 @@ from cifar_lib.models.transfer import (
     set_training_mode,
 )
 from cifar_lib.optim import build_optimizer, set_learning_rate
-from cifar_lib.predict import predict_probabilities
+from cifar_lib.predict import run_logits
 from cifar_lib.study_execute import input_key
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.train import train
@@ -161,7 +161,7 @@ def test_a_run_starts_from_a_file_resumes_to_the_bit_and_later_needs_no_file(
     moved.unlink()
     again = evaluate_run(results.load_run(whole.path), digits)
     assert again["test_accuracy"] == whole.summary["result"]["test_accuracy"]
-    probabilities = predict_probabilities(whole, digits.test.images)
+    probabilities = run_logits(whole, digits.test.images).softmax(1)
     assert torch.allclose(probabilities, whole.test_logits.softmax(1), atol=1e-5)
 
 
@@ -285,7 +285,7 @@ def test_the_model_enlarges_its_images_wherever_it_is_called(tmp_path, digits, t
     again = evaluate_run(run, digits)
     result = run.summary["result"]
     assert again["test_accuracy_tta"] == result["test_accuracy_tta"] is not None
-    probabilities = predict_probabilities(run, digits.test.images)
+    probabilities = run_logits(run, digits.test.images, tta=True)
     accuracy = (probabilities.argmax(1) == digits.test.labels).double().mean().item()
     assert accuracy == pytest.approx(result["test_accuracy_tta"])
 
