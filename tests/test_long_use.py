@@ -32,7 +32,7 @@ def train_epoch(state, *rest):
     return real(state, *rest)
 
 train_module.train_epoch = train_epoch
-with _logged(folder):
+with _logged(folder, ""):
     train_module.train(config, 0, load_splits(config), folder)
 (folder / "measured.json").write_text(json.dumps(measured))
 """

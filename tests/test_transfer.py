@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision.transforms import functional
 
-from cifar_lib import results
+from cifar_lib import checkpoint, results
 from cifar_lib import train as train_module
 from cifar_lib.augment import normalize, resize
 from cifar_lib.config import TrainConfig
@@ -142,13 +142,13 @@ def test_a_run_starts_from_a_file_resumes_to_the_bit_and_later_needs_no_file(
     }
     assert whole.summary["normalization"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
 
-    save = train_module.checkpoint.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def save_then_stop(run_dir, state):
         save(run_dir, state)
         raise InterruptedError
 
-    monkeypatch.setattr(train_module.checkpoint, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_then_stop)
     with pytest.raises(InterruptedError):
         train(config, 0, digits, tmp_path / "cut")
     monkeypatch.undo()
