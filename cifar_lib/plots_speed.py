@@ -4,15 +4,18 @@ A DataFrame in, a matplotlib Figure (a `Chart`) out.
 """
 
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
+TICKS = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000]
 SECONDS = {"ours": BLUE, "conventional": ORANGE}
 
 
 def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
-    """Draws images a second, rung by rung, logarithmic: the bar from the rung before to this one.
+    """Draws images a second, rung by rung, logarithmic: a bar from the rung before to this one.
+
+    A step that costs speed, a network with more arithmetic for instance, is orange.
 
     Args:
         frame: a row a rung, in order, with rung, why and images_per_second (the median, above 0);
@@ -23,18 +26,22 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     rates = frame["images_per_second"].to_numpy(dtype=float)
     before = [rates[0], *rates[:-1]]
     y = range(len(frame))
-    ax.barh(y, rates - before, left=before, color=BLUE, height=0.55)
+    colors = [BLUE if rate >= was else ORANGE for rate, was in zip(rates, before, strict=True)]
+    ax.barh(y, rates - before, left=before, color=colors, height=0.55)
     spans = frame[["low", "high"]].to_numpy(dtype=float)
     ax.hlines(y, spans[:, 0], spans[:, 1], color=GREY, linewidth=1)
     ax.plot(rates, y, "o", color=BLUE, markersize=5)
     for i, (rate, was, why) in enumerate(zip(rates, before, frame["why"], strict=True)):
         gain = "" if i == 0 else f", {rate / was:.2f} times"
-        ax.annotate(f"  {rate:,.0f}{gain} · {why}", (spans[i, 1], i), va="center", fontsize=8)
+        right = max(spans[i, 1], was)
+        ax.annotate(f"  {rate:,.0f}{gain} · {why}", (right, i), va="center", fontsize=8)
     ax.set_yticks(list(y), frame["rung"].tolist())
     ax.invert_yaxis()
     ax.set_xscale("log")
     ax.set_xlim(spans.min() / 1.3, spans.max() * 60)  # room for what the labels say
+    ax.set_xticks([t for t in TICKS if spans.min() <= t <= 2 * spans.max()])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.minorticks_off()
     ax.set_xlabel("images a second in training (log scale)")
     ax.grid(axis="y", visible=False)
     caption(figure, caption_text)
@@ -64,7 +71,9 @@ def accuracy_against_seconds(
             seconds = run["seconds"].cumsum() * factor
             ax.plot(seconds, run[column], style, color=SECONDS[name], label=label, linewidth=1.3)
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    ax.minorticks_off()
     ax.set_xlabel("seconds of training (log scale)")
     ax.set_ylabel(column.replace("_", " "))
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from cifar_lib import plots, plots_compare, plots_evaluation, plots_images
+from cifar_lib import plots, plots_compare, plots_evaluation, plots_images, plots_speed
 
 NAMES = ("cat", "dog", "frog")
 
@@ -368,3 +368,32 @@ def test_no_mistakes_says_so() -> None:
 def test_pictures_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images: got shape \(3, 32, 32\); allowed is"):
         plots_images.to_pixels(images(1)[0])
+
+
+def test_a_ladder_shows_gain_and_loss_and_says_why() -> None:
+    frame = pd.DataFrame(
+        {
+            "rung": ["a", "b", "c"],
+            "why": ["slow", "faster", "more work"],
+            "images_per_second": [10.0, 100.0, 50.0],
+            "low": [9.0, 90.0, 40.0],
+            "high": [11.0, 110.0, 60.0],
+        }
+    )
+    (ax,) = plots_speed.ladder(frame, caption_text="c").axes
+    said = [text.get_text() for text in ax.texts]
+    assert "100, 10.00 times · faster" in said[1] and "50, 0.50 times · more work" in said[2]
+    widths = [bar.get_width() for bar in ax.patches]
+    assert widths == [0, 90, -50]
+    colors = {bar.get_facecolor() for bar in ax.patches[1:]}
+    assert len(colors) == 2
+
+
+@pytest.mark.parametrize("slowdown", [None, 3.0])
+def test_accuracy_against_seconds_adds_the_usual_pace_where_it_is_known(slowdown) -> None:
+    metrics = pd.DataFrame(
+        {"seed": [0, 0], "epoch": [1, 2], "seconds": [2.0, 4.0], "val_accuracy": [0.5, 0.6]}
+    )
+    (ax,) = plots_speed.accuracy_against_seconds(metrics, slowdown).axes
+    lines = [line.get_xdata().tolist() for line in ax.lines]
+    assert lines == [[2, 6]] + ([[6, 18]] if slowdown else [])
