@@ -197,7 +197,7 @@ def _read_parquet(paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes, int]]:
             # Not every writer adds checksums; where they are, they are held.
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names that are no text
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: not a whole Parquet file ({reason}); replace it") from None
         try:

@@ -167,6 +167,18 @@ def test_parquet_with_wrong_columns_or_no_rows(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_parquet_whose_column_names_are_no_text(tmp_path: Path) -> None:
+    table = pa.table({"img": [{"bytes": b"", "path": None}], "label": [0]})
+    for part in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    path = tmp_path / "train.parquet"
+    path.write_bytes(path.read_bytes().replace(b"img", b"im\xcf"))
+    source = find_source(tmp_path)
+    assert source is not None
+    with pytest.raises(ValueError, match="train.parquet: not a whole Parquet.*replace"):
+        read_source(source)
+
+
 def test_parquet_in_part_or_truncated(tmp_path: Path) -> None:
     write_parquet(tmp_path, {"train": [(picture(i), i) for i in range(9)]})
     with pytest.raises(ValueError, match=r"no test\*.parquet beside the other part; add it"):
