@@ -1,5 +1,6 @@
 """The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -217,7 +218,8 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except SystemExit as stop:  # by a signal
-        print("stopped; the same command goes on after what is finished", file=sys.stderr)
+        if stop.code in (130, 143) and os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on after what is finished", file=sys.stderr)
         sys.exit(stop.code)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

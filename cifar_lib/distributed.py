@@ -12,7 +12,7 @@ Source: Li et al. 2020, PyTorch Distributed, arXiv 2006.15704 (DistributedDataPa
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -72,6 +72,8 @@ def joined() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         if rank() == 0:
             raise
+        with suppress(RuntimeError):  # until rank 0 has told it: torchrun ends all with the first
+            gather(None)
         raise SystemExit(
             2
             if isinstance(error, ValueError)
