@@ -72,7 +72,8 @@ def joined() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, KeyboardInterrupt) as error:
         if rank() == 0:
             raise
-        with suppress(RuntimeError):  # until rank 0 has told it: torchrun ends all with the first
+        # Until rank 0 has told it and is gone: torchrun ends all with the first that ends.
+        with suppress(RuntimeError, ValueError):
             gather(None)
         raise SystemExit(
             2
