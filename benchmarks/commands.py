@@ -8,7 +8,6 @@ forced; the reports in `reports/quick/` are replaced. Takes about a quarter of a
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from timing import write
 
-from cifar_lib.config import ROOT, TrainConfig
-from cifar_lib.execution import choose_execution, describe_environment, describe_hardware
+from cifar_lib.config import ROOT
 
 STUDY = [sys.executable, "-m", "cifar_lib", "study", "--preset", "quick", "--force"]
 AGAIN = STUDY[:-1]
@@ -76,10 +75,7 @@ def main() -> None:
             f"largest process {result['peak_memory_gib']:.1f} GiB",
             flush=True,
         )
-    if options.out:
-        execution = choose_execution(TrainConfig())
-        facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
-        options.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    write(options.out, results=results)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main() -> None:
         name = f"{c_in} to {c_out}, {side} pixels, stride {stride}"
         print(f"{name:36}{gain:5.2f} times  {'taken' if taken else 'not taken'}", flush=True)
         results.append({"shape": name, "images": n, "seconds": times, "gain": gain, "taken": taken})
-    write(options.out, results, largest_area=limit)
+    write(options.out, largest_area=limit, results=results)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
         results.append(
             {"rung": name, "why": RUNGS[name]["why"], "images_per_second": values, "gain": gain}
         )
-    write(options.out, results, ceilings=ceilings(), batch_size=BATCH)
+    write(options.out, ceilings=ceilings(), batch_size=BATCH, results=results)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main() -> None:
             f"ceiling, {result['seconds_per_epoch']['ours']:.0f} s an epoch of 50,000, "
             f"peak memory {result['peak_memory_gib']:.1f} GiB"
         )
-    write(options.out, results, ceilings=limits, batch_size=BATCH)
+    write(options.out, ceilings=limits, batch_size=BATCH, results=results)
 
 
 if __name__ == "__main__":

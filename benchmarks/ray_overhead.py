@@ -8,7 +8,6 @@ and stated apart.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,9 +15,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from timing import write
+
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import load_splits
-from cifar_lib.execution import choose_execution, describe_environment, describe_hardware
 from cifar_lib.study_engine import Task, train_task
 from cifar_lib.study_ray import RayEngine
 
@@ -84,8 +84,6 @@ def main() -> None:
             engine.close()
     overhead = [a - b for a, b in zip(ray_seconds, own_seconds, strict=True)]
     record = {
-        "hardware": describe_hardware(choose_execution(CONFIG)),
-        "environment": describe_environment(),
         "runs": options.runs,
         "ray_start_seconds": start_seconds,
         "seconds_a_run": {"ray": ray_seconds, "in_process": own_seconds},
@@ -99,8 +97,7 @@ def main() -> None:
     for name, seconds in (("Ray", ray_seconds), ("in process", own_seconds), ("added", overhead)):
         span = f"{min(seconds):.2f} to {max(seconds):.2f}"
         print(f"{name:12}{statistics.median(seconds):6.2f} s a run, median of turns ({span})")
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(options.out, **record)
 
 
 if __name__ == "__main__":

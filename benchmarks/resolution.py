@@ -72,7 +72,7 @@ def main() -> None:
             flush=True,
         )
     steps = {"batch_size": BATCH, "steps": turns * TURN, "other_load": load.share()}
-    write(options.out, results, **steps)
+    write(options.out, **steps, results=results)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
             f"({result['dataset']}{', JPEG copy' if result['lossy'] else ''})",
             flush=True,
         )
-    write(options.out, results)
+    write(options.out, results=results)
 
 
 if __name__ == "__main__":

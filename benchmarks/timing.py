@@ -61,11 +61,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
-def write(out: Path | None, results: Any, **more: Any) -> None:
-    """Writes a benchmark's record, with the machine it was made on."""
+def write(out: Path | None, **record: Any) -> None:
+    """Writes what a benchmark measured, with the machine it was measured on."""
     if out is None:
         return
     execution = choose_execution(TrainConfig())
     facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**facts, **more, "results": results}, indent=1) + "\n", "utf-8")
+    out.write_text(json.dumps(facts | record, indent=1) + "\n", "utf-8")

@@ -162,12 +162,27 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     Source: Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 2.
     """
+    confidence, correct, index = bin_by_confidence(logits, labels, bins)
+    gap = correct - confidence
+    return gap.new_zeros(bins).index_add(0, index, gap).abs().sum().item() / len(labels)
+
+
+def bin_by_confidence(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts images into bins of equal width by their top probability.
+
+    Args:
+        logits: float (N, K).
+        labels: int64 (N,).
+        bins: how many; bin i holds (i / bins, (i + 1) / bins], as in Guo et al., section 2.
+
+    Returns:
+        Three (N,): the top probability and whether it is the label's (1.0 or 0.0), float64, and
+        the bin, int64, 0..bins-1.
+    """
     labels = _checked(logits, labels)
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    # Bin i holds (i / bins, (i + 1) / bins], as in the paper.
     index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    gap = (predicted == labels).double() - confidence
-    return gap.new_zeros(bins).index_add(0, index, gap).abs().sum().item() / len(labels)
+    return confidence, (predicted == labels).double(), index
 
 
 def brier_score(logits: Tensor, labels: Tensor) -> float:

@@ -10,7 +10,13 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from cifar_lib.evaluate import brier_score, calibration_error, cross_entropy, proportion_interval
+from cifar_lib.evaluate import (
+    bin_by_confidence,
+    brier_score,
+    calibration_error,
+    cross_entropy,
+    proportion_interval,
+)
 
 TEMPERATURES = (0.05, 20.0)
 """Where the temperature is searched; validation without a mistake would drive it to zero."""
@@ -71,12 +77,11 @@ def reliability_frame(logits: Tensor, labels: Tensor, bins: int = 15) -> pd.Data
         A row for each bin that holds images: n, confidence (the mean top probability), accuracy,
         and low and high of its 95 % interval (Wilson), all 0..1.
     """
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    confidence, correct, index = bin_by_confidence(logits, labels, bins)
     images = pd.DataFrame(
         {
             "confidence": confidence.cpu().numpy(),
-            "accuracy": (predicted == labels.to(predicted.device)).double().cpu().numpy(),
+            "accuracy": correct.cpu().numpy(),
         }
     )
     groups = images.groupby(index.cpu().numpy())

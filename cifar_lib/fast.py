@@ -33,8 +33,8 @@ def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -
 class SmallMapConv2d(nn.Conv2d):
     """A convolution whose weight gradient on small maps is one matrix product.
 
-    oneDNN's bfloat16 weight gradient reaches a tenth to a half of the processor's matrix product
-    on maps of 4 × 4 pixels and less; unfolding such maps costs next to nothing.
+    On maps of 4 × 4 pixels and less oneDNN's bfloat16 weight gradient is slower than a matrix
+    product, and unfolding such maps costs next to nothing (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:

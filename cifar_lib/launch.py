@@ -1,8 +1,8 @@
 """The allocator's settings: read when an interpreter starts, so set before it does.
 
 PyTorch asks for the same large blocks every step. As it stands glibc gives them back to the kernel
-and asks anew, and clearing fresh pages then costs 10 to 30 % of a training's processor time
-(`benchmarks/ladder.py`). Kept blocks cost nothing but memory that was needed anyway.
+and asks anew, and clearing fresh pages then costs time (the rung `allocator` of
+`benchmarks/ladder.py` says how much). Kept blocks cost nothing but memory that was needed anyway.
 """
 
 import json

@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
 TICKS = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000]
-SECONDS = {"ours": BLUE, "conventional": ORANGE}
+PACES = {"ours": BLUE, "conventional": ORANGE}
 
 
 def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
@@ -69,7 +69,7 @@ def accuracy_against_seconds(
             said = name if name == "ours" else f"the usual loop's pace ({factor:.1f} times slower)"
             label = said if i == 0 else None
             seconds = run["seconds"].cumsum() * factor
-            ax.plot(seconds, run[column], style, color=SECONDS[name], label=label, linewidth=1.3)
+            ax.plot(seconds, run[column], style, color=PACES[name], label=label, linewidth=1.3)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from cifar_lib.evaluate import per_class, predict_logits, top_k_accuracy
 from cifar_lib.execution import choose_evaluation
-from cifar_lib.models import build_model
+from cifar_lib.models import STORED_SIZE, build_model
 from cifar_lib.results import WEIGHTS, Run, load_run, load_state
 
 Score = tuple[dict[str, float], pd.DataFrame]
 FORMATS = ("table", "csv", "json")
-SIZE = 32
 # Of all that Pillow opens; EPS, for one, would be handed to another program.
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SHIPPED = Path(__file__).with_name("shipped")
@@ -75,7 +74,9 @@ def read_image(path: Path) -> Tensor:
                 if width * height > MAX_PIXELS:
                     raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
                 upright = ImageOps.exif_transpose(image)
-                square = ImageOps.fit(_to_rgb(upright), (SIZE, SIZE), Image.Resampling.BICUBIC)
+                square = ImageOps.fit(
+                    _to_rgb(upright), (STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC
+                )
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that can be read") from None
     except Exception as error:  # on damaged files every decoder has exceptions of its own

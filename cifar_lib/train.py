@@ -181,7 +181,8 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
             each = F.cross_entropy(
                 logits, y, label_smoothing=config.label_smoothing, reduction="none"
             )
-            state.last_losses[which] = each.detach()
+            if config.keep_hardest < 1:
+                state.last_losses[which] = each.detach()
             loss = each.sum() / share
             state.scaler.scale(loss).backward()
             losses[step] += loss.detach()

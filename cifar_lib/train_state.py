@@ -44,7 +44,7 @@ class TrainState:
     epoch: int
     history: list[dict[str, Any]]
     best: dict[str, Any]
-    last_losses: Tensor  # of each training image when it was last seen
+    last_losses: Tensor  # of each training image when last seen, where keep_hardest asks
     pretrained: dict[str, str] | None = None  # the file that the weights began as
     other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 
 from cifar_lib import __main__ as cli
+from cifar_lib import train_evaluate
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits, load_splits
 
@@ -31,6 +32,18 @@ TINY = {
 }
 
 
+PARAMS = """\
+question: What?
+dataset: digits
+n_train: 100
+width: 0.125
+epochs: 1
+batch_size: 50
+precision: fp32
+"""
+"""A parameter file that trains in a second."""
+
+
 @pytest.fixture(scope="session")
 def digits() -> Splits:
     return load_splits(TrainConfig(**TINY))
@@ -45,6 +58,19 @@ def tiny():
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # tiny work: more threads only wait for each other
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[int]:
+    """How many images each evaluation of a training looked at, in order."""
+    seen: list[int] = []
+    real = train_evaluate.predict_logits
+    monkeypatch.setattr(
+        train_evaluate,
+        "predict_logits",
+        lambda model, images, **rest: (seen.append(len(images)), real(model, images, **rest))[1],
+    )
+    return seen
 
 
 @pytest.fixture

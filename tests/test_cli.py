@@ -1,19 +1,11 @@
 """The command line: every command explains itself; a mistake is one line and exit status 2."""
 
 import pytest
+from conftest import PARAMS
 
 from cifar_lib import study_runs
 
 COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report"]
-PARAMS = """\
-question: What?
-dataset: digits
-n_train: 100
-width: 0.125
-epochs: 1
-batch_size: 50
-precision: fp32
-"""
 
 
 def test_help_names_every_command(call):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cifar_lib import results, train_evaluate
+from cifar_lib import results
 from cifar_lib.data import split_train
 from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits
 from cifar_lib.models import build_model
@@ -42,13 +42,6 @@ def test_the_contracted_columns_stay_first_and_the_training_as_it_was(
     assert both.clean_train_loss.notna().tolist() == [True, True, False, False]
 
 
-def test_more_images_than_there_are_means_all(digits, tiny, tmp_path, monkeypatch):
-    seen = []
-    real = train_evaluate.predict_logits
-    monkeypatch.setattr(
-        train_evaluate,
-        "predict_logits",
-        lambda model, images, **rest: (seen.append(len(images)), real(model, images, **rest))[1],
-    )
+def test_more_images_than_there_are_means_all(digits, tiny, tmp_path, evaluated):
     train(tiny(epochs=1, measure_train=10_000), 0, digits, tmp_path)
-    assert seen == [len(digits.val), len(digits.train), len(digits.test)]
+    assert evaluated == [len(digits.val), len(digits.train), len(digits.test)]

@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from cifar_lib import checkpoint, results, train_evaluate, train_state
+from cifar_lib import checkpoint, results, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
 from cifar_lib.train import train
@@ -189,17 +189,10 @@ def test_without_validation_the_last_epoch_is_taken(tmp_path, digits, tiny):
     assert 0 <= result["test_accuracy"] <= 1 and len(run.test_logits) == n
 
 
-def test_the_test_set_is_read_after_the_last_epoch_alone(tmp_path, digits, tiny, monkeypatch):
-    seen = []
-    real = train_evaluate.predict_logits
-    monkeypatch.setattr(
-        train_evaluate,
-        "predict_logits",
-        lambda model, images, **rest: (seen.append(len(images)), real(model, images, **rest))[1],
-    )
+def test_the_test_set_is_read_after_the_last_epoch_alone(tmp_path, digits, tiny, evaluated):
     splits = Splits(digits.train, digits.val, digits.test, digits.info)
     train(tiny(epochs=2), 0, splits, tmp_path)
-    assert seen == [len(digits.val), len(digits.val), len(digits.test)]
+    assert evaluated == [len(digits.val), len(digits.val), len(digits.test)]
 
 
 def test_a_saved_run_evaluates_to_what_it_said(tmp_path, digits, tiny):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PARAMS
 from PIL import Image
 from safetensors.torch import save
 from test_data_sources import picture, write_official, write_pictures
@@ -26,15 +27,6 @@ from cifar_lib.files import inside, plain_name
 from cifar_lib.predict import MAX_PIXELS, read_image
 from cifar_lib.reports import Report
 from cifar_lib.train import train
-
-PARAMS = """\
-dataset: digits
-n_train: 100
-width: 0.125
-epochs: 1
-batch_size: 50
-precision: fp32
-"""
 
 
 @pytest.fixture
