@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST_AREA = 16  # pixels of the output map; above it the library's own weight gradient wins
+TILE = 3  # taps a side of the largest depthwise kernel whose weight gradient is fast
 
 
 def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -26,8 +27,27 @@ def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     if device.type != "cpu" or dtype != torch.bfloat16:
         return
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.kernel_size != (1, 1) and module.groups == 1:
+        if type(module) is not nn.Conv2d or module.kernel_size == (1, 1):
+            continue
+        if module.groups == 1:
             module.__class__ = SmallMapConv2d
+        elif module.groups == module.in_channels == module.out_channels:
+            module.__class__ = DepthwiseConv2d
+
+
+def _takes_plain_way(layer: nn.Conv2d) -> bool:
+    return (
+        layer.padding_mode != "zeros"
+        or isinstance(layer.padding, str)
+        or layer.bias is not None
+        or layer.dilation != (1, 1)
+        or not (torch.is_grad_enabled() and layer.weight.requires_grad)
+        or not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _cast(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype("cpu"), memory_format=torch.channels_last)
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -39,20 +59,9 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
-        plain = (
-            self.padding_mode != "zeros"
-            or isinstance(self.padding, str)
-            or self.bias is not None
-            or self.dilation != (1, 1)
-            or not (torch.is_grad_enabled() and self.weight.requires_grad)
-            or not torch.is_autocast_enabled("cpu")
-        )
-        if plain or self._output_area(x) > LARGEST_AREA:
+        if _takes_plain_way(self) or self._output_area(x) > LARGEST_AREA:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu")
-        weight = self.weight.to(dtype, memory_format=torch.channels_last)
-        x = x.to(dtype, memory_format=torch.channels_last)
-        return _Convolution.apply(x, weight, self.stride, self.padding)
+        return _Convolution.apply(_cast(x), _cast(self.weight), self.stride, self.padding)
 
     def _output_area(self, x: Tensor) -> int:
         assert not isinstance(self.padding, str)
@@ -115,3 +124,112 @@ def weight_gradient(
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, c_out)
     product = rows.T @ patches.reshape(len(rows), -1)  # (c_out, kh · kw · c_in)
     return product.view(c_out, kh, kw, c).permute(0, 3, 1, 2)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
+
+    In bfloat16 the input gradient of stride 2 and the weight gradient of kernels above 3 × 3 take
+    10 to 100 times as long as the forward pass (`benchmarks/fast_paths.py`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
+        easy = self.stride == (1, 1) and max(self.kernel_size) <= TILE
+        if easy or _takes_plain_way(self) or not self._padding_within_kernel():
+            return super().forward(x)
+        return _Depthwise.apply(_cast(x), _cast(self.weight), self.stride, self.padding)
+
+    def _padding_within_kernel(self) -> bool:
+        assert not isinstance(self.padding, str)
+        return all(p < k for p, k in zip(self.padding, self.kernel_size, strict=True))
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        input_gradient = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = depthwise_input_gradient(
+                gradient, weight, x.shape[2:], ctx.stride, ctx.padding
+            )
+        product = depthwise_weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
+        return input_gradient, product, None, None
+
+
+def depthwise_input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    size: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """Computes a depthwise convolution's input gradient as a forward pass of stride 1.
+
+    The gradient is spread out by the stride, zeros between, and correlated with the turned kernel.
+
+    Args:
+        gradient: of the output (N, c, H', W'), channels_last.
+        weight: (c, 1, kh, kw).
+        size: height and width of the input.
+        stride: in pixels, vertical and horizontal.
+        padding: zeros on each side, pixels, vertical and horizontal.
+
+    Returns:
+        (N, c, *size), channels_last, of the dtype of `gradient`.
+    """
+    (n, c, h_out, w_out), (kh, kw) = gradient.shape, weight.shape[2:]
+    spread = gradient.new_zeros(n, size[0] + kh - 1, size[1] + kw - 1, c).permute(0, 3, 1, 2)
+    top, left = kh - 1 - padding[0], kw - 1 - padding[1]
+    rows = slice(top, top + (h_out - 1) * stride[0] + 1, stride[0])
+    columns = slice(left, left + (w_out - 1) * stride[1] + 1, stride[1])
+    spread[:, :, rows, columns] = gradient
+    return F.conv2d(spread, weight.flip(2, 3), groups=c)
+
+
+def depthwise_weight_gradient(
+    x: Tensor,
+    gradient: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """Computes a depthwise convolution's weight gradient in tiles of at most 3 × 3 taps.
+
+    Args:
+        x: the input (N, c, H, W), channels_last.
+        gradient: of the output (N, c, H', W'), channels_last.
+        kernel: height and width.
+        stride: in pixels, vertical and horizontal.
+        padding: zeros on each side, pixels, vertical and horizontal.
+
+    Returns:
+        (c, 1, *kernel), of the dtype of `x`.
+    """
+    c, (kh, kw), (h_out, w_out) = x.shape[1], kernel, gradient.shape[2:]
+    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    result = x.new_empty(c, 1, kh, kw)
+    for top in range(0, kh, TILE):
+        for left in range(0, kw, TILE):
+            tile = result[:, :, top : top + TILE, left : left + TILE]
+            seen = padded[
+                :, :,
+                top : top + (h_out - 1) * stride[0] + tile.shape[2],
+                left : left + (w_out - 1) * stride[1] + tile.shape[3],
+            ]  # fmt: skip
+            tile.copy_(
+                torch.ops.aten.convolution_backward(
+                    gradient, seen.contiguous(memory_format=torch.channels_last),
+                    x.new_empty(tile.shape), None, stride, (0, 0), (1, 1), False, (0, 0), c,
+                    (False, True, False),
+                )[1]
+            )  # fmt: skip
+    return result

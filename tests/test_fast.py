@@ -1,5 +1,7 @@
 """Every fast path equals plain PyTorch, in values and in gradients."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,10 +61,67 @@ def test_the_weight_gradient_is_exact_in_double() -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "cifar_resnet", "speed_net"])
-def test_a_model_keeps_its_state_and_its_function(name: str) -> None:
+@pytest.mark.parametrize("side", [1, 3, 8])
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (5, 2), (4, (1, 2))])
+def test_a_depthwise_convolution(
+    side: int, stride: int | tuple[int, int], kernel: int, padding: int | tuple[int, int]
+) -> None:
+    if side + 2 * min(padding if isinstance(padding, tuple) else (padding,)) < kernel:
+        pytest.skip("the kernel does not fit")
     torch.manual_seed(0)
-    model = build_model(TrainConfig(model=name, width=0.125), 10)
+    plain = nn.Conv2d(12, 12, kernel, stride, padding, groups=12, bias=False).to(
+        memory_format=torch.channels_last
+    )
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, torch.device("cpu"), BF16)
+    assert type(quick) is fast.DepthwiseConv2d
+    x = torch.randn(8, 12, side, side).contiguous(memory_format=torch.channels_last)
+    y, *_ = run(plain, x, None)
+    gradient = torch.randn_like(y)
+    expected = run(plain, x, gradient, torch.float32)
+    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
+        assert ours.shape == theirs.shape
+        largest = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+
+
+def test_the_depthwise_gradients_are_exact_in_double() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 9, 8, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    weight = torch.randn(4, 1, 5, 4, dtype=torch.double, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, weight, stride=(2, 1), padding=(2, 1), groups=4)
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, weight), gradient)
+    place = ((2, 1), (2, 1))
+    ours = fast.depthwise_input_gradient(gradient, weight, (9, 8), *place)
+    torch.testing.assert_close(ours, expected[0])
+    torch.testing.assert_close(
+        fast.depthwise_weight_gradient(x, gradient, (5, 4), *place), expected[1]
+    )
+
+
+def test_what_a_depthwise_kernel_does_not_cover_goes_the_plain_way() -> None:
+    for layer in (
+        nn.Conv2d(4, 4, 3, padding=3, stride=2, groups=4, bias=False),  # padding beyond the kernel
+        nn.Conv2d(4, 4, 3, dilation=2, stride=2, groups=4, bias=False),
+        nn.Conv2d(4, 4, 3, stride=2, groups=4),
+    ):
+        quick = copy.deepcopy(layer)
+        fast.use_fast_paths(quick, torch.device("cpu"), BF16)
+        x = torch.randn(2, 4, 9, 9)
+        for ours, theirs in zip(run(quick, x, None), run(layer, x, None), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg11", "resnet18", "cifar_resnet", "speed_net", "efficientnet_lite0"]
+)
+def test_a_model_keeps_its_state_and_its_function(name: str) -> None:
+    width = None if name == "efficientnet_lite0" else 0.125
+    torch.manual_seed(0)
+    model = build_model(TrainConfig(model=name, width=width), 10)
     x = torch.randn(4, 3, 32, 32)
     names = list(model.state_dict())
     model.eval()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cifar_lib.data_download import DownloadError, fetch
 
@@ -40,7 +41,23 @@ def efficientnet_lite0(num_classes: int = 10) -> nn.Module:
     model: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
     # timm draws it from ±1/sqrt(K): with ten classes the first logits, and steps, are far too large
     model.classifier.reset_parameters()  # type: ignore[operator, union-attr]
+    for module in model.modules():
+        if type(module) is timm.layers.Conv2dSame:  # as a plain layer it can take a fast path
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            module.register_forward_pre_hook(_pad_same)
     return model
+
+
+def _pad_same(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Pads (N, c, H, W) as TensorFlow's "same" does: the odd zero goes below and to the right."""
+    assert isinstance(layer, nn.Conv2d)
+    borders: list[int] = []
+    for size, kernel, stride in zip(
+        inputs[0].shape[:1:-1], layer.kernel_size[::-1], layer.stride[::-1], strict=True
+    ):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        borders += [total // 2, total - total // 2]
+    return F.pad(inputs[0], borders)
 
 
 @dataclass(frozen=True)
