@@ -39,7 +39,6 @@ def _takes_plain_way(layer: nn.Conv2d) -> bool:
     return (
         layer.padding_mode != "zeros"
         or isinstance(layer.padding, str)
-        or layer.bias is not None
         or layer.dilation != (1, 1)
         or not (torch.is_grad_enabled() and layer.weight.requires_grad)
         or not torch.is_autocast_enabled("cpu")
@@ -61,7 +60,8 @@ class SmallMapConv2d(nn.Conv2d):
         """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
         if _takes_plain_way(self) or self._output_area(x) > LARGEST_AREA:
             return super().forward(x)
-        return _Convolution.apply(_cast(x), _cast(self.weight), self.stride, self.padding)
+        bias = None if self.bias is None else self.bias.to(torch.get_autocast_dtype("cpu"))
+        return _Convolution.apply(_cast(x), _cast(self.weight), bias, self.stride, self.padding)
 
     def _output_area(self, x: Tensor) -> int:
         assert not isinstance(self.padding, str)
@@ -74,13 +74,15 @@ class SmallMapConv2d(nn.Conv2d):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         input_gradient = None
@@ -90,7 +92,8 @@ class _Convolution(torch.autograd.Function):
                 (True, False, False),
             )[0]  # fmt: skip
         product = weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
-        return input_gradient, product, None, None
+        bias_gradient = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return input_gradient, product, bias_gradient, None, None
 
 
 def weight_gradient(
@@ -136,7 +139,8 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
         easy = self.stride == (1, 1) and max(self.kernel_size) <= TILE
-        if easy or _takes_plain_way(self) or not self._padding_within_kernel():
+        plain = self.bias is not None or not self._padding_within_kernel()
+        if easy or plain or _takes_plain_way(self):
             return super().forward(x)
         return _Depthwise.apply(_cast(x), _cast(self.weight), self.stride, self.padding)
 

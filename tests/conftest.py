@@ -56,6 +56,11 @@ def tiny():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # tiny work: more threads only wait for each other
 

@@ -14,27 +14,31 @@ BF16 = torch.bfloat16
 
 
 def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tuple[Tensor, ...]:
-    """Output, input gradient and weight gradient, under autocast in bfloat16."""
+    """Output and gradients of input, weight and bias, under autocast in bfloat16."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     layer.zero_grad()
     with torch.autocast("cpu", BF16, enabled=dtype == BF16):
         y = layer(x)
     y.backward(torch.ones_like(y) if gradient is None else gradient.to(y.dtype))
     assert x.grad is not None and layer.weight.grad is not None
-    return y, x.grad, layer.weight.grad
+    bias = () if layer.bias is None else (layer.bias.grad,)
+    return y, x.grad, layer.weight.grad, *bias
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2)])
-def test_a_convolution_of_small_maps(side: int, stride: int, kernel: int, padding: int) -> None:
+def test_a_convolution_of_small_maps(
+    side: int, stride: int, kernel: int, padding: int, bias: bool
+) -> None:
     if side + 2 * padding < kernel:
         pytest.skip("the kernel does not fit")
     torch.manual_seed(0)
-    plain = nn.Conv2d(16, 24, kernel, stride, padding, bias=False).to(
+    plain = nn.Conv2d(16, 24, kernel, stride, padding, bias=bias).to(
         memory_format=torch.channels_last
     )
-    quick = nn.Conv2d(16, 24, kernel, stride, padding, bias=False)
+    quick = nn.Conv2d(16, 24, kernel, stride, padding, bias=bias)
     quick.load_state_dict(plain.state_dict())
     fast.use_fast_paths(quick, torch.device("cpu"), BF16)
     assert type(quick) is fast.SmallMapConv2d
