@@ -121,12 +121,12 @@ class TrainState:
         # The state first: weights of an epoch that no state knows could never be told from
         # those of the best one. What a stop in between leaves out, `resume` makes up for.
         checkpoint.save_checkpoint(run_dir, self.to_dict())
-        self._save_best(run_dir)
-        results.save_metrics(run_dir, self.history)
+        self._save_results(run_dir)
 
-    def _save_best(self, run_dir: Path) -> None:
+    def _save_results(self, run_dir: Path) -> None:
         if self.best["epoch"] == self.epoch:
             results.save_weights(run_dir, self.evaluated_model.state_dict())
+        results.save_metrics(run_dir, self.history)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that `resume` needs, in tensors and plain values."""
@@ -170,7 +170,7 @@ class TrainState:
                 f"{shown(run_dir)}: its training state does not fit this run ({reason}); "
                 f"remove {checkpoint.LAST} and {checkpoint.PREVIOUS} to start again"
             ) from None
-        distributed.on_main(lambda: self._save_best(run_dir))
+        distributed.on_main(lambda: self._save_results(run_dir))
         logger.info("resuming after epoch %d of %d", self.epoch, self.config.epochs)
 
     def _load(self, run_dir: Path) -> dict[str, Any] | None:

@@ -80,16 +80,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     assert torch.equal(whole.test_logits, resumed.test_logits)
 
 
-def test_a_stop_between_the_state_and_its_best_weights_loses_neither(
+def test_a_stop_between_the_state_and_what_goes_with_it_loses_neither(
     tmp_path, digits, tiny, monkeypatch
 ):
     config = tiny(val_fraction=0.0)  # the last epoch is the best
     whole = train(config, 0, digits, tmp_path / "whole")
-    stop_after(monkeypatch, 3)  # its state is saved, its weights are not yet
+    stop_after(monkeypatch, 3)  # its state is saved, its weights and its history are not yet
     with pytest.raises(StopError):
         train(config, 0, digits, tmp_path / "cut")
     monkeypatch.undo()
-    assert same_weights(whole, train(config, 0, digits, tmp_path / "cut"))
+    resumed = train(config, 0, digits, tmp_path / "cut")
+    assert same_weights(whole, resumed)
+    pd.testing.assert_frame_equal(history(whole), history(resumed), check_exact=True)
 
 
 def test_seeds_differ_and_repeat(tmp_path, digits, tiny):
