@@ -2,9 +2,8 @@
 
 Written from the description of airbench94 in Jordan, arXiv 2404.00498, section 3 (itself in the
 line of davidcpage/cifar10-fast and tysam-code/hlb-CIFAR10). Ours differ: the last pool takes the
-maximum over whatever map is left, so that one network trains at several resolutions; the
-whitening layer has no trainable bias, so that no gradient is computed below the first block;
-ReLU stands for GELU, which costs more than it brings on a CPU.
+maximum over whatever map is left, so that one network trains at several resolutions, and the
+whitening layer has no trainable bias, so that no gradient is computed below the first block.
 """
 
 import torch
@@ -36,7 +35,7 @@ class SpeedNet(nn.Module):
         c1, c2, c3 = (scaled(c, width) for c in (64, 256, 256))
         self.whitening = nn.Conv2d(3, c0, WHITENING_KERNEL, bias=False)
         self.whitening.weight.requires_grad_(False)
-        self.relu = nn.ReLU(inplace=True)
+        self.gelu = nn.GELU()
         self.blocks = nn.Sequential(
             Block(c0, c1, depth), Block(c1, c2, depth), Block(c2, c3, depth)
         )
@@ -60,17 +59,17 @@ class SpeedNet(nn.Module):
         covariance = patches.double().T.cov()
         values, vectors = torch.linalg.eigh(covariance)
         filters = (vectors / (values + WHITENING_EPSILON).sqrt()).T.view(-1, 3, k, k)
-        # Each filter and its negative: the ReLU behind them loses nothing.
+        # Each filter and its negative: the GELU behind them loses nothing.
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images (N, 3, H, W), float, H and W at least 17, to logits (N, K)."""
-        x = self.blocks(self.relu(self.whitening(x)))  # 31 → 15 → 7 → 3 pixels
+        x = self.blocks(self.gelu(self.whitening(x)))  # 31 → 15 → 7 → 3 pixels
         return self.fc(self.dropout(self.maxpool(x).flatten(1))) * self.scale
 
 
 class Block(nn.Module):
-    """Convolution, pool, norm, ReLU; then convolution, norm, ReLU once or more."""
+    """Convolution, pool, norm, GELU; then convolution, norm, GELU once or more."""
 
     def __init__(self, c_in: int, c_out: int, depth: int) -> None:
         super().__init__()
@@ -78,14 +77,14 @@ class Block(nn.Module):
         self.rest = nn.ModuleList(
             nn.Sequential(_conv(c_out, c_out), _norm(c_out)) for _ in range(depth - 1)
         )
-        self.relu = nn.ReLU(inplace=True)
+        self.gelu = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H // 2, W // 2)."""
-        x = skip = self.relu(self.first(x))
+        x = skip = self.gelu(self.first(x))
         for i, layer in enumerate(self.rest, 1):
             x = layer(x)
-            x = self.relu(x + skip if i == len(self.rest) > 1 else x)
+            x = self.gelu(x + skip if i == len(self.rest) > 1 else x)
         return x
 
 
