@@ -16,6 +16,7 @@ from torch import nn
 from cifar_lib import fast
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import choose_execution
+from cifar_lib.models.vgg import vgg16
 
 # Images, side of the input, channels in and out, kernel, stride, groups: as in VGG16, ResNet-18 and
 # SpeedNet; the two at 7 and 8 pixels lie above `fast.LARGEST_AREA`: what would be lost there. Then
@@ -50,14 +51,32 @@ def step(layer: nn.Conv2d, x: torch.Tensor) -> Callable[[], None]:
     return work
 
 
+def adam_step(fast_steps: bool) -> Callable[[], None]:
+    """One fused Adam step over VGG16's parameters, channels_last as in training."""
+    model = vgg16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    if fast_steps:
+        fast.use_fast_steps(optimizer, torch.device("cpu"))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return optimizer.step
+
+
 def main() -> None:
-    """Measures every shape, prints a table and writes what was measured."""
+    """Measures every fast path, prints a table and writes what was measured."""
     parser = argparse.ArgumentParser(description="Times the fast paths.")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=9, help="timed passes")
     options = parser.parse_args()
     execution = choose_execution(TrainConfig(device="cpu"))
     limit, results = fast.LARGEST_AREA, list[dict[str, Any]]()
+
+    def measure(name: str, taken: bool, **works: Callable[[], None]) -> None:
+        times = take_turns(works, execution, options.repeats)
+        gain = statistics.median(times["plain"]) / statistics.median(times["fast"])
+        print(f"{name:56}{gain:6.2f} times  {'taken' if taken else 'not taken'}", flush=True)
+        results.append({"path": name, "seconds": times, "gain": gain, "taken": taken})
+
     fast.LARGEST_AREA = 2**30  # measure beyond it too
     for n, side, c_in, c_out, kernel, stride, groups in SHAPES:
         x = torch.randn(n, c_in, side, side).bfloat16()
@@ -69,14 +88,11 @@ def main() -> None:
         for layer in layers:
             layer.to(memory_format=torch.channels_last)
         fast.use_fast_paths(layers[1], torch.device("cpu"), torch.bfloat16)
-        works = {"plain": step(layers[0], x), "fast": step(layers[1], x)}
-        times = take_turns(works, execution, options.repeats)
-        gain = statistics.median(times["plain"]) / statistics.median(times["fast"])
         taken = groups > 1 or (side // stride) ** 2 <= limit
         channels = f"{c_in} channels, depthwise" if groups > 1 else f"{c_in} to {c_out}"
-        name = f"{channels}, {kernel}×{kernel}, {side} pixels, stride {stride}"
-        print(f"{name:52}{gain:5.2f} times  {'taken' if taken else 'not taken'}", flush=True)
-        results.append({"shape": name, "images": n, "seconds": times, "gain": gain, "taken": taken})
+        name = f"{channels}, {kernel}×{kernel}, {side} pixels, stride {stride}, {n} images"
+        measure(name, taken, plain=step(layers[0], x), fast=step(layers[1], x))
+    measure("Adam step of VGG16", True, plain=adam_step(False), fast=adam_step(True))
     write(options.out, largest_area=limit, results=results)
 
 

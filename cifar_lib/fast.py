@@ -4,6 +4,7 @@ Each equals the plain way by test, in values and in gradients. Measured gains st
 `benchmarks/fast_paths.py`'s record; what does not win there is not here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,37 @@ def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -
             module.__class__ = SmallMapConv2d
         elif module.groups == module.in_channels == module.out_channels:
             module.__class__ = DepthwiseConv2d
+
+
+def use_fast_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Lets fused optimisers see channels_last filters in the order of their memory.
+
+    On a CPU their kernels take contiguous tensors, and would copy all others there and back each
+    step, three times the work of the step (`benchmarks/fast_paths.py`). What is stored between
+    steps keeps its shape and layout.
+
+    Args:
+        optimizer: any; changed in place.
+        device: where its parameters are.
+    """
+
+    def turn(*order: int) -> Callable[..., None]:
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                if p.grad is None or p.ndim != 4:
+                    continue
+                p.data = p.data.permute(order)
+                p.grad = p.grad.permute(order)
+                state = optimizer.state[p]
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.ndim == 4:
+                        state[name] = value.permute(order)
+
+        return hook
+
+    if device.type == "cpu" and optimizer.defaults.get("fused"):
+        optimizer.register_step_pre_hook(turn(0, 2, 3, 1))
+        optimizer.register_step_post_hook(turn(0, 3, 1, 2))
 
 
 def _takes_plain_way(layer: nn.Conv2d) -> bool:

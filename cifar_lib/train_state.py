@@ -14,7 +14,7 @@ from cifar_lib.augment import normalize
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import ImageSet, Splits
 from cifar_lib.execution import Execution, training_code_sha256
-from cifar_lib.fast import use_fast_paths
+from cifar_lib.fast import use_fast_paths, use_fast_steps
 from cifar_lib.files import shown
 from cifar_lib.models import build_model
 from cifar_lib.models.speed_net import SpeedNet
@@ -63,6 +63,8 @@ class TrainState:
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
         use_fast_paths(model, execution.device, execution.dtype)
+        optimizer = build_optimizer(model, config)
+        use_fast_steps(optimizer, execution.device)
         average = None
         if config.ema_decay:
             average = AveragedModel(
@@ -79,7 +81,7 @@ class TrainState:
             std.to(execution.device),
             model,
             model,
-            build_optimizer(model, config),
+            optimizer,
             average,
             scaler,
             f"{seed}-{config.fingerprint(splits.info.sha256)}-{training_code_sha256()}",

@@ -1,6 +1,7 @@
 """Every fast path equals plain PyTorch, in values and in gradients."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -154,3 +155,45 @@ def test_large_maps_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for side in (4, 5):
         run(layer, torch.randn(2, 4, side, side), None)
     assert taken == [(2, 4, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9, nesterov=True)],
+)
+def test_a_step_in_the_order_of_memory_is_the_same_step(kind) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, (3, 2)), nn.Conv2d(4, 4, 3))
+    plain.to(memory_format=torch.channels_last)
+    plain[2].requires_grad_(False)
+    quick = copy.deepcopy(plain)
+    ours, theirs = (
+        kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True) for model in (quick, plain)
+    )
+    fast.use_fast_steps(ours, torch.device("cpu"))
+    x = torch.randn(4, 3, 8, 8)
+    for _ in range(3):
+        for model, optimizer in ((quick, ours), (plain, theirs)):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for p, q in zip(quick.parameters(), plain.parameters(), strict=True):
+            assert p.shape == q.shape and p.stride() == q.stride()
+            assert torch.equal(p, q)
+    for p, q in zip(quick.parameters(), plain.parameters(), strict=True):
+        for name, value in theirs.state[q].items():
+            assert torch.equal(ours.state[p][name], value)
+    other = kind(plain.parameters(), lr=0.01, fused=True)
+    other.load_state_dict(ours.state_dict())  # a state is the same with and without
+
+
+def test_a_fused_step_copies_no_filter() -> None:
+    model = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    fast.use_fast_steps(optimizer, torch.device("cpu"))
+    for _ in range(2):
+        model(torch.randn(2, 8, 4, 4)).sum().backward()
+        with torch.profiler.profile(record_shapes=True) as profile:
+            optimizer.step()
+    copied = [e.input_shapes for e in profile.events() if e.name == "aten::copy_"]
+    assert not [shapes for shapes in copied if len(shapes[0]) == 4]
