@@ -53,7 +53,7 @@ def step(layer: nn.Conv2d, x: torch.Tensor) -> Callable[[], None]:
 
 def adam_step(fast_steps: bool) -> Callable[[], None]:
     """One fused Adam step over VGG16's parameters, channels_last as in training."""
-    model = vgg16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = vgg16().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if fast_steps:
         fast.use_fast_steps(optimizer, torch.device("cpu"))

@@ -39,9 +39,9 @@ def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -
 def use_fast_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Lets fused optimisers see channels_last filters in the order of their memory.
 
-    On a CPU their kernels take contiguous tensors, and would copy all others there and back each
-    step, three times the work of the step (`benchmarks/fast_paths.py`). What is stored between
-    steps keeps its shape and layout.
+    On a CPU their kernels take contiguous tensors, and would copy all others there and back, nearly
+    half of a step's time (`benchmarks/fast_paths.py`). What is stored between steps keeps its
+    shape and layout.
 
     Args:
         optimizer: any; changed in place.
@@ -164,8 +164,8 @@ def weight_gradient(
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
 
-    In bfloat16 the input gradient of stride 2 and the weight gradient of kernels above 3 × 3 take
-    10 to 100 times as long as the forward pass (`benchmarks/fast_paths.py`).
+    In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
+    above 3 × 3: forward and backward together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
