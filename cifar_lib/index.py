@@ -67,7 +67,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
             mark += " †"
             notes.add("† run by an earlier state of the training code; not repeated.")
         shared = ""
-        if row["other_load"] is not None and row["other_load"] > 0.05:
+        if _shared_machine(row):
             shared = " ‡"
             notes.add("‡ the machine also ran other work: a bound, not a measured time.")
         reported = MISSING
@@ -100,6 +100,10 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
     return "\n".join(lines)
 
 
+def _shared_machine(row: dict[str, Any]) -> bool:
+    return row["other_load"] is not None and row["other_load"] > 0.05
+
+
 def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
     """The measured answer at the top of a notebook, a line an experiment."""
     lines = []
@@ -109,9 +113,10 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
             continue
         target = f"../reports/full/{summary['path']}/executed.ipynb"
         if row["n"]:
+            bound = "at most " if _shared_machine(row) else ""
             lines.append(
                 f"- **{row['experiment']}**: test accuracy {accuracy_text(row)}, {row['data']}, "
-                f"{duration(row['train_seconds'])} a seed ([executed]({target}))"
+                f"{bound}{duration(row['train_seconds'])} a seed ([executed]({target}))"
             )
         else:
             asked = f"{summary['question']} " if "answer" in summary else ""

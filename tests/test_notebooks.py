@@ -48,3 +48,12 @@ def test_drift_is_seen(monkeypatch):
     summaries = read_summaries("tests/fixtures/reports")
     monkeypatch.setattr(index, "read_summaries", lambda _: summaries)
     assert {path.name for path in index.drifted_files()} >= {"README.md", "01_baseline.ipynb"}
+
+
+def test_a_time_from_a_shared_machine_is_only_a_bound():
+    summaries = read_summaries("tests/fixtures/reports")[:1]
+    for load, bound in ((0.0, False), (0.5, True)):
+        summaries[0]["runs"][0]["other_load"] = load
+        said = index.answer(summaries, summaries[0]["notebook"])
+        assert ("at most" in said) == bound
+        assert ("‡" in index.results_table(summaries, "", "")) == bound
