@@ -104,28 +104,55 @@ class SmallMapConv2d(nn.Conv2d):
         return area
 
 
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
+
+    In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
+    above 3 × 3: both passes together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
+        easy = self.stride == (1, 1) and max(self.kernel_size) <= TILE
+        plain = self.bias is not None or not self._padding_within_kernel()
+        if easy or plain or _takes_plain_way(self):
+            return super().forward(x)
+        return _Convolution.apply(_cast(x), _cast(self.weight), None, self.stride, self.padding)
+
+    def _padding_within_kernel(self) -> bool:
+        assert not isinstance(self.padding, str)
+        return all(p < k for p, k in zip(self.padding, self.kernel_size, strict=True))
+
+
 class _Convolution(torch.autograd.Function):
+    """`F.conv2d` with the gradients of this file: of a plain convolution or a depthwise one."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, bias, stride, padding)
+        ctx.place = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1] // weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        depthwise = weight.shape[1] < x.shape[1]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        input_gradient = None
+        of_x = None
         if ctx.needs_input_grad[0]:
-            input_gradient = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
-                (True, False, False),
-            )[0]  # fmt: skip
-        product = weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
-        bias_gradient = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        return input_gradient, product, bias_gradient, None, None
+            if depthwise:
+                of_x = depthwise_input_gradient(gradient, weight, x.shape[2:], *ctx.place)
+            else:
+                of_x = torch.ops.aten.convolution_backward(
+                    gradient, x, weight, None, *ctx.place, (1, 1), False, (0, 0), 1,
+                    (True, False, False),
+                )[0]  # fmt: skip
+        computed = depthwise_weight_gradient if depthwise else weight_gradient
+        of_weight = computed(x, gradient, weight.shape[2:], *ctx.place)
+        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, None
 
 
 def weight_gradient(
@@ -159,46 +186,6 @@ def weight_gradient(
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, c_out)
     product = rows.T @ patches.reshape(len(rows), -1)  # (c_out, kh · kw · c_in)
     return product.view(c_out, kh, kw, c).permute(0, 3, 1, 2)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
-
-    In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
-    above 3 × 3: both passes together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
-        easy = self.stride == (1, 1) and max(self.kernel_size) <= TILE
-        plain = self.bias is not None or not self._padding_within_kernel()
-        if easy or plain or _takes_plain_way(self):
-            return super().forward(x)
-        return _Depthwise.apply(_cast(x), _cast(self.weight), self.stride, self.padding)
-
-    def _padding_within_kernel(self) -> bool:
-        assert not isinstance(self.padding, str)
-        return all(p < k for p, k in zip(self.padding, self.kernel_size, strict=True))
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        input_gradient = None
-        if ctx.needs_input_grad[0]:
-            input_gradient = depthwise_input_gradient(
-                gradient, weight, x.shape[2:], ctx.stride, ctx.padding
-            )
-        product = depthwise_weight_gradient(x, gradient, weight.shape[2:], ctx.stride, ctx.padding)
-        return input_gradient, product, None, None
 
 
 def depthwise_input_gradient(

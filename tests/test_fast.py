@@ -26,6 +26,19 @@ def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tup
     return y, x.grad, layer.weight.grad, *bias
 
 
+def hold_alike(plain: nn.Conv2d, quick: nn.Conv2d, x: Tensor) -> None:
+    """Holds a fast layer in bfloat16 to the plain one, in values and all gradients."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(run(plain, x, None)[0])
+    # In float32: oneDNN's bfloat16 weight gradient of a one-pixel map holds unset memory where
+    # the kernel meets nothing but padding (torch 2.14.1, stride 2).
+    expected = run(plain, x, gradient, torch.float32)
+    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
+        assert ours.shape == theirs.shape
+        largest = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -43,16 +56,7 @@ def test_a_convolution_of_small_maps(
     quick.load_state_dict(plain.state_dict())
     fast.use_fast_paths(quick, torch.device("cpu"), BF16)
     assert type(quick) is fast.SmallMapConv2d
-    x = torch.randn(8, 16, side, side).contiguous(memory_format=torch.channels_last)
-    y, *_ = run(plain, x, None)
-    gradient = torch.randn_like(y)
-    # In float32: oneDNN's bfloat16 weight gradient of a one-pixel map holds unset memory where
-    # the kernel meets nothing but padding (torch 2.14.1, stride 2).
-    expected = run(plain, x, gradient, torch.float32)
-    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
-        assert ours.shape == theirs.shape
-        largest = float(theirs.detach().abs().max())
-        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+    hold_alike(plain, quick, torch.randn(8, 16, side, side))
 
 
 def test_the_weight_gradient_is_exact_in_double() -> None:
@@ -81,14 +85,7 @@ def test_a_depthwise_convolution(
     quick = copy.deepcopy(plain)
     fast.use_fast_paths(quick, torch.device("cpu"), BF16)
     assert type(quick) is fast.DepthwiseConv2d
-    x = torch.randn(8, 12, side, side).contiguous(memory_format=torch.channels_last)
-    y, *_ = run(plain, x, None)
-    gradient = torch.randn_like(y)
-    expected = run(plain, x, gradient, torch.float32)
-    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
-        assert ours.shape == theirs.shape
-        largest = float(theirs.detach().abs().max())
-        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+    hold_alike(plain, quick, torch.randn(8, 12, side, side))
 
 
 def test_the_depthwise_gradients_are_exact_in_double() -> None:
