@@ -24,7 +24,9 @@ app = typer.Typer(
 RunFolder = Annotated[
     Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT, or: shipped.")
 ]
-Preset = Annotated[str, typer.Option(help="A preset in params/study.yaml: quick or full.")]
+Preset = Annotated[
+    str, typer.Option(help="A preset in params/study.yaml: quick, full, imagenet or gpu.")
+]
 Only = Annotated[str, typer.Option(help="Glob over NOTEBOOK/EXPERIMENT, for instance '02*/*'.")]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0..N-1 instead of the file's.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again what is up to date.")]
@@ -66,7 +68,9 @@ def train(
         list[str] | None,
         typer.Option("-p", "--parameter", help="NAME=VALUE over the file's; may be repeated."),
     ] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="May be repeated.")] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="May be repeated.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Train the configuration of a parameter file; a finished run is not repeated.
@@ -84,6 +88,9 @@ def train(
 
     with distributed.joined():
         values = {k: v for k, v in read_yaml(params).items() if k not in REPORT_ONLY}
+        if "variants" in values or "grid" in values:
+            only = f"study --preset full --only '*/{params.stem}'"
+            raise ValueError(f"{params}: a sweep, which its notebook runs: {only}")
         for assignment in parameter or []:
             name, equals, text = assignment.partition("=")
             if not equals:
@@ -148,7 +155,7 @@ def predict(
             typer.echo(f"error: {error}", err=True)
             failed = True
     if pictures:
-        logits = room.run_logits(finished, torch.stack(pictures), tta=True)
+        logits = room.predictor(finished, tta=True)(torch.stack(pictures))
         probabilities = logits.softmax(1)
         frame = room.predictions_frame(readable, probabilities, names, top)
         typer.echo(room.render(frame, room.score(readable, probabilities, names), form))

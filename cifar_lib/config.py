@@ -5,6 +5,7 @@ its data. Fields are strict: an unknown name, a wrong type or a value out of ran
 before anything is loaded.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -195,14 +196,14 @@ class TrainConfig(BaseModel):
             raise ValueError("nesterov true needs momentum above 0, got momentum 0")
         if self.optimizer == "muon" and 0 < self.backbone_rate < 1:
             raise ValueError(f"backbone_rate {self.backbone_rate:g} must be 0 or 1 with muon")
+        if self.optimizer == "muon" and not (self.nesterov and self.decay_norm_and_bias):
+            raise ValueError("nesterov and decay_norm_and_bias must be true with muon")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule 'multistep' needs milestones, got []")
         if self.schedule == "one_cycle" and self.warmup_epochs == 0:
             raise ValueError("schedule 'one_cycle' needs warmup_epochs above 0, got 0")
         if self.early_stopping and self.val_fraction == 0:
-            raise ValueError(
-                f"early_stopping {self.early_stopping} needs val_fraction above 0, got 0"
-            )
+            raise ValueError("early_stopping needs val_fraction above 0, got 0")
         return self
 
     @property
@@ -260,9 +261,9 @@ def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
     value = _repr.repr(error["input"])
     if error["type"] == "extra_forbidden":
-        return f"unknown field {name!r} (value {value}); fields are: " + ", ".join(
-            TrainConfig.model_fields
-        )
+        close = difflib.get_close_matches(name, fields := list(TrainConfig.model_fields), 1)
+        hint = f"did you mean {close[0]}?" if close else f"fields are: {', '.join(fields)}"
+        return f"unknown field {name!r} (value {value}); {hint}"
     if not name:  # a rule between fields: its message names them
         return str(error["msg"]).removeprefix("Value error, ")
     return f"{name}: got {value}; {error['msg'][0].lower()}{error['msg'][1:]}"

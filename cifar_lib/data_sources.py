@@ -232,7 +232,7 @@ def _decode(rows: Iterable[tuple[str, bytes, int]], classes: int) -> tuple[Tenso
                 picture.verify()  # the checksums of a PNG, which decoding leaves unread
             if size == (32, 32):
                 with _open(content) as picture:
-                    pixels.append(picture.convert("RGB").tobytes())
+                    pixels.append(to_rgb(picture).tobytes())
         except Exception as error:  # broken content makes Pillow raise nearly anything
             kind = type(error).__name__
             raise ValueError(f"{name}: not a whole PNG or JPEG ({kind}); replace it") from None
@@ -243,6 +243,18 @@ def _decode(rows: Iterable[tuple[str, bytes, int]], classes: int) -> tuple[Tenso
     images = torch.from_numpy(np.frombuffer(bytearray().join(pixels), np.uint8))
     images = images.view(len(labels), 32, 32, 3).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(labels, dtype=torch.int64), lossy
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Makes a picture of any mode RGB, as all of this library sees it; transparency is white."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it, not scale it
+        grey = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def _open(content: bytes) -> Image.Image:

@@ -12,7 +12,7 @@ Source: Li et al. 2020, PyTorch Distributed, arXiv 2006.15704 (DistributedDataPa
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -211,6 +211,11 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     dist.barrier(_patient_group())  # each may have compiled for itself, for minutes
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+def gradients_stay(forward: nn.Module, here: bool) -> AbstractContextManager[None]:
+    """Within it a backward pass only adds up gradients here: what follows exchanges the sum."""
+    return forward.no_sync() if here and size() > 1 else nullcontext()  # type: ignore[operator]
 
 
 def take_buffers(*models: nn.Module | None) -> None:

@@ -9,11 +9,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from cifar_lib.augment import normalize
@@ -112,33 +111,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     """Mean negative log-likelihood of the labels, natural logarithm, without label smoothing."""
     labels = _checked(logits, labels)
     return F.cross_entropy(logits.double(), labels).item()
-
-
-def per_class(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> pd.DataFrame:
-    """Precision, recall and F1 of each class; recall is what is called accuracy by class.
-
-    Args:
-        logits: float (N, K).
-        labels: int64 (N,).
-        class_names: K names.
-
-    Returns:
-        A row per class with class_name, n (images of it), precision, recall and f1, 0..1; what
-        is undefined (recall of a class without images, precision of one never predicted) is NaN.
-
-    Source: scikit-learn's precision_recall_fscore_support.
-    """
-    labels = _checked(logits, labels)
-    if len(class_names) != logits.shape[1]:
-        raise ValueError(f"class_names: got {len(class_names)}; the logits have {logits.shape[1]}")
-    precision, recall, f1, n = precision_recall_fscore_support(
-        labels.cpu().numpy(),
-        logits.argmax(dim=1).cpu().numpy(),
-        labels=np.arange(len(class_names)),
-        zero_division=np.nan,
-    )
-    columns = {"class_name": list(class_names), "n": n, "precision": precision, "recall": recall}
-    return pd.DataFrame({**columns, "f1": f1})
 
 
 def confusion(logits: Tensor, labels: Tensor, k: int) -> npt.NDArray[np.int64]:

@@ -32,8 +32,15 @@ def class_scores(
         A row per class: class_name, n (its images), and for precision, recall and f1 the score
         with `_low` and `_high`, all 0..1; NaN where there is nothing to divide by.
 
+    Raises:
+        ValueError: as many names as classes are needed.
+
     Source: the interval of F1 is the "Wilson indirect" one of Lam et al., arXiv 2309.14621.
     """
+    if len(class_names) != logits[0].shape[1]:
+        raise ValueError(
+            f"class_names: got {len(class_names)}; the logits have {logits[0].shape[1]}"
+        )
     counts = np.mean([confusion(seed, labels, len(class_names)) for seed in logits], axis=0)
     right, called, true = np.diag(counts), counts.sum(axis=0), counts.sum(axis=1)
     table = pd.DataFrame({"class_name": list(class_names), "n": true.astype(int)})

@@ -72,6 +72,11 @@ def _compress(image: Tensor, quality: int) -> Tensor:
     return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
 
 
+def evenly_spread(n: int, limit: int | None) -> Tensor:
+    """Indices of at most `limit` of n images, evenly spread: a file may be sorted by class."""
+    return torch.linspace(0, n - 1, min(limit or n, n)).long()
+
+
 def corruption_frame(
     predict: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -84,13 +89,13 @@ def corruption_frame(
         predict: maps uint8 images (N, 3, H, W) to logits (N, K).
         images: uint8 (N, 3, H, W), of the test part.
         labels: int64 (N,).
-        limit: take at most so many images, evenly spread (a file may be sorted by class).
+        limit: at most so many images, as `evenly_spread` takes them.
 
     Returns:
         26 rows: corruption ("none" for the clean images), severity (0 for them), n, accuracy, and
         low and high of its 95 % interval for the images (Wilson), 0..1.
     """
-    chosen = torch.linspace(0, len(labels) - 1, min(limit or len(labels), len(labels))).long()
+    chosen = evenly_spread(len(labels), limit)
     images, labels = images[chosen], labels[chosen]
     rows = []
     for corruption, severity in [("none", 0), *((c, s + 1) for c in SEVERITIES for s in range(5))]:

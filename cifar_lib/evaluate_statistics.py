@@ -26,6 +26,8 @@ class Difference(Interval):
     @property
     def verdict(self) -> str:
         """What the interval allows to say: higher, lower, or that nothing was shown."""
+        if math.isnan(self.mean):
+            return "not measured"
         if self.low is None or self.high is None:
             return "one run on a side: no interval"
         if self.low <= 0 <= self.high:
@@ -199,7 +201,9 @@ def seeds_needed(
         df = n - 1 if paired else 2 * (n - 1)
         shift = difference / sd * math.sqrt(n if paired else n / 2)
         limit = stats.t.ppf(1 - level / 2, df)
-        return power - float(stats.nct.sf(limit, df, shift) + stats.nct.cdf(-limit, df, shift))
+        # The far tail is NaN where it is as good as nothing.
+        far = np.nan_to_num(stats.nct.cdf(-limit, df, shift))
+        return power - float(stats.nct.sf(limit, df, shift) + far)
 
     if sd == 0 or missing_power(2) <= 0:
         return 2

@@ -23,7 +23,7 @@ TRAINING_ROOMS = (
     "augment*.py",
     "fast.py",
     "models/*.py",
-    "optim.py",
+    "optim*.py",
     "execution.py",
     "distributed.py",
     "evaluate.py",

@@ -17,6 +17,7 @@ from cifar_lib.files import write_atomic
 from cifar_lib.reports import read_summaries, row_of
 
 MISSING = "–"
+ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 
 
@@ -65,7 +66,9 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         mark = ""
         if row["code_sha256"] != code_sha256:
             mark += " †"
-            notes.add("† run by an earlier state of the training code; not repeated.")
+            notes.add(
+                "† run by an earlier state of the training code, `git_commit` in its summary."
+            )
         shared = ""
         if _shared_machine(row):
             shared = " ‡"
@@ -93,8 +96,9 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
     lines += [
         "",
         "Test accuracy: mean over n seeds with the 95 % Student interval; the test set is read "
-        "once, after training, with the weights that validation chose. TTA: test-time "
-        "augmentation. Reported: what the source study states, on the data it states.",
+        "once, after training, with the weights that validation chose or, without validation "
+        "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
+        "source study states, on the data it states.",
         *(line for note in sorted(notes) for line in ("", note)),
     ]
     return "\n".join(lines)
@@ -105,22 +109,31 @@ def _shared_machine(row: dict[str, Any]) -> bool:
 
 
 def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
-    """The measured answer at the top of a notebook, a line an experiment."""
+    """The measured answer at the top of a notebook, a line an experiment.
+
+    Args:
+        summaries: of reports; those that `read_summaries` gave get a link from `notebooks/`.
+        notebook: whose reports count.
+    """
     lines = []
     for summary in summaries:
         row = row_of(summary)
         if summary["notebook"] != notebook:
             continue
-        target = f"../reports/full/{summary['path']}/executed.ipynb"
+        link = ""
+        if "path" in summary:
+            link = f" ([executed](../reports/full/{summary['path']}/executed.ipynb))"
         if row["n"]:
-            bound = "at most " if _shared_machine(row) else ""
+            time = f"{duration(row['train_seconds'])} a seed"
+            if _shared_machine(row):
+                longest = max(run["train_seconds"] for run in summary["runs"])
+                time = f"at most {duration(longest)} a seed"
             lines.append(
                 f"- **{row['experiment']}**: test accuracy {accuracy_text(row)}, {row['data']}, "
-                f"{bound}{duration(row['train_seconds'])} a seed ([executed]({target}))"
+                f"{time}{link}"
             )
         else:
-            asked = f"{summary['question']} " if "answer" in summary else ""
-            lines.append(f"- **{row['experiment']}**: {asked}[executed]({target})")
+            lines.append(f"- **{row['experiment']}**: {summary['question']}{link}")
             lines += [f"  - {line}" for line in summary.get("answer", [])]
     return "\n".join(lines) or "Not measured yet."
 

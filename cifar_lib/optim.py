@@ -26,8 +26,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
     Returns:
         One optimiser; parameters of fewer than two dimensions (norms, biases) form a second
-        group without weight decay unless `decay_norm_and_bias`; the backbone forms groups of
-        its own, after the last layer's, if its rate differs.
+        group without weight decay unless `decay_norm_and_bias`, which Muon takes for granted;
+        the backbone forms groups of its own, after the last layer's, if its rate differs.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "muon":

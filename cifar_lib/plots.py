@@ -19,8 +19,6 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-from cifar_lib.evaluate import proportion_interval
-
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
 WIDTH = 8.0  # inches
@@ -117,44 +115,6 @@ def learning_curves(
     axes[1].set_ylabel("accuracy")
     axes[1].yaxis.set_major_formatter(PERCENT)
     axes[1].legend(fontsize=9, frameon=False, loc="best")
-    return caption(figure, caption_text)
-
-
-def per_class_bars(per_class: pd.DataFrame, *, caption_text: str = "") -> Chart:
-    """Draws the recall of each class (its accuracy) as a bar with Wilson's interval.
-
-    Precision is a diamond on the same scale: left of the bar's end, the class is a name that the
-    model gives too readily.
-
-    Args:
-        per_class: columns class_name, n, precision, recall, as `evaluate.per_class` returns.
-        caption_text: see `caption`.
-    """
-    figure, (ax,) = new_figure(0.34 * len(per_class) + 1.0)
-    rows = np.arange(len(per_class))
-    recall = per_class["recall"].to_numpy(float)
-    known = np.isfinite(recall)
-    intervals = [
-        proportion_interval(r, int(n))
-        for r, n in zip(recall[known], per_class["n"][known], strict=True)
-    ]
-    low = np.array([interval.low for interval in intervals], dtype=float)
-    high = np.array([interval.high for interval in intervals], dtype=float)
-    errors = np.abs(np.stack([recall[known] - low, high - recall[known]]))
-    ax.barh(rows, recall, height=0.7, color="#8EC1E0", label="recall, 95 % interval")
-    ax.errorbar(recall[known], rows[known], xerr=errors, fmt="none", ecolor=BLUE, capsize=3)
-    diamonds = ax.plot(per_class["precision"], rows, "D", color=ORANGE, label="precision")
-    diamonds[0].set(markersize=5, clip_on=False)  # 100 % lies on the edge
-    for row, value, n in zip(rows, recall, per_class["n"], strict=True):
-        text = f"{100 * value:.1f} %" if np.isfinite(value) else f"undefined (n = {n})"
-        ax.text(0.01, float(row), text, va="center", fontsize=9)
-    ax.set_yticks(rows, per_class["class_name"])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.grid(visible=False, axis="y")
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("share of images")
-    ax.xaxis.set_major_formatter(PERCENT)
-    ax.legend(fontsize=9, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return caption(figure, caption_text)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from cifar_lib.evaluate import per_class, predict_logits, top_k_accuracy
+from cifar_lib.data_sources import to_rgb
+from cifar_lib.evaluate import predict_logits, top_k_accuracy
+from cifar_lib.evaluate_classes import SCORES, class_scores
 from cifar_lib.execution import choose_evaluation
 from cifar_lib.models import STORED_SIZE, build_model
 from cifar_lib.results import WEIGHTS, Run, load_run, load_state
@@ -75,7 +78,7 @@ def read_image(path: Path) -> Tensor:
                     raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
                 upright = ImageOps.exif_transpose(image)
                 square = ImageOps.fit(
-                    _to_rgb(upright), (STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC
+                    to_rgb(upright), (STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC
                 )
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that can be read") from None
@@ -83,17 +86,6 @@ def read_image(path: Path) -> Tensor:
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: {said or 'broken picture'}") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it, not scale it
-        grey = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def find_run(name: str | Path) -> Run:
@@ -124,24 +116,23 @@ def load_model(run: Run) -> tuple[nn.Module, Tensor, Tensor]:
     return model.to(choose_evaluation(run.config).device), mean, std
 
 
-def run_logits(run: Run, images: Tensor, *, tta: bool = False) -> Tensor:
-    """Logits of any images by a run's weights.
+def predictor(run: Run, *, tta: bool = False) -> Callable[[Tensor], Tensor]:
+    """Loads a run's weights once and answers for any images.
 
     Args:
         run: a finished run.
-        images: uint8 (N, 3, 32, 32), 0..255.
         tta: whether with the run's test-time augmentation.
 
     Returns:
-        float32 (N, K), on the CPU.
+        A function: uint8 (N, 3, 32, 32), 0..255 → logits, float32 (N, K), on the CPU.
 
     Raises:
         ValueError: the weights do not fit the run's model.
     """
     model, mean, std = load_model(run)
-    return predict_logits(
+    return partial(
+        predict_logits,
         model,
-        images,
         mean=mean,
         std=std,
         batch_size=run.config.eval_batch_size,
@@ -176,7 +167,7 @@ def score(
     """Accuracy on the labelled pictures.
 
     Returns:
-        n, top1 and top5 (0..1), and the table of `evaluate.per_class` over the classes that
+        n, top1 and top5 (0..1), and the table of `evaluate_classes.class_scores`, the classes that
         occur; None where no picture has a label.
     """
     labelled = [i for i, (_, label) in enumerate(files) if label is not None]
@@ -184,7 +175,7 @@ def score(
         return None
     labels = torch.tensor([class_names.index(str(files[i][1])) for i in labelled])
     logits = probabilities[labelled].log()
-    table = per_class(logits, labels, class_names)
+    table = class_scores([logits], labels, class_names)
     totals = {
         "n": len(labelled),
         "top1": top_k_accuracy(logits, labels, 1),
@@ -213,5 +204,5 @@ def render(frame: pd.DataFrame, score: Score | None, form: str) -> str:
     if totals:
         top1, top5 = (f"{100 * totals[key]:.2f} %" for key in ("top1", "top5"))
         lines += ["", f"{totals['n']} labelled: top-1 {top1}, top-5 {top5}"]
-        lines += [table.round(4).to_string(index=False)]
+        lines += [table[["class_name", "n", *SCORES]].round(4).to_string(index=False)]
     return "\n".join(lines)

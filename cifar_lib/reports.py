@@ -280,5 +280,7 @@ def _machine(hardware: dict[str, Any] | None) -> str | None:
     if not hardware:
         return None
     unit = f", {hardware['vector_unit']}" if hardware.get("vector_unit") else ""
-    threads = f" × {hardware['threads']}" if hardware["device"] == "cpu" else ""
+    threads = ""
+    if hardware["device"] == "cpu":
+        threads = f", {hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
     return f"{hardware['name']}{threads}{unit}, {hardware['precision']}"

@@ -36,6 +36,9 @@ CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY = (
 )
 
 
+_A_RUN = "a folder like runs/EXPERIMENT/SEED-FINGERPRINT"
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run: what it was, its history and what it reached.
@@ -131,9 +134,10 @@ def load_run(run_dir: str | Path) -> Run:
     run_dir = Path(run_dir)
     missing = [n for n in (CONFIG, METRICS, WEIGHTS, SUMMARY) if not (run_dir / n).is_file()]
     if missing:
+        inside = sorted(path.parent.name for path in run_dir.glob(f"*/{SUMMARY}"))
         raise ValueError(
-            f"{run_dir}: not a finished run, {', '.join(missing)} missing; "
-            "name a folder like runs/EXPERIMENT/SEED-FINGERPRINT"
+            f"{run_dir}: not a finished run, {', '.join(missing)} missing; name "
+            + (f"one of those in it: {', '.join(inside[:5])}" if inside else _A_RUN)
         )
     try:
         summary = json.loads((run_dir / SUMMARY).read_text())

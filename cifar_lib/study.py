@@ -85,8 +85,13 @@ def study(
     failed: dict[str, Experiment] = {}
     for i, experiment in enumerate(experiments, 1):
         head = f"[{i}/{len(experiments)}] {experiment.label}"
-        key = input_key(experiment)
         left -= experiment.minutes
+        try:
+            key = input_key(experiment)
+        except (ValueError, OSError) as error:  # its data or weights are not to be had
+            failed[f"{experiment.label}: {_last_line(error)}"] = experiment
+            say(f"{head}: FAILED: {_last_line(error)}")
+            continue
         if is_up_to_date(experiment, key) and not force:
             say(f"{head}: up to date")
             continue

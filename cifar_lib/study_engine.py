@@ -160,7 +160,12 @@ class LocalEngine:
     def start(self, task: Task, tries: int = 1) -> None:
         """Hands a run to a process that waits for one."""
         process, connection = self.idle.pop()
-        connection.send(task)
+        try:
+            connection.send(task)
+        except OSError:  # it died while it waited
+            process.join()
+            process, connection = self._start_process()
+            connection.send(task)
         self.busy[connection] = process, task, tries
 
     def finished(self, timeout: float) -> list[tuple[Task, str]]:

@@ -11,11 +11,13 @@ from typing import Any, TextIO
 
 import nbformat
 import papermill
+from filelock import FileLock, Timeout
 from traitlets.config import Config
 
 from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
 from cifar_lib.files import hash_files
+from cifar_lib.index import ANSWER, answer, replace_block
 from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment
 from cifar_lib.study_runs import RUNS, forget
@@ -72,10 +74,20 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
     Raises:
         PapermillExecutionError: a cell failed; the notebook as far as it came stays in
             `scratch_folder(experiment)`.
+        ValueError: another process executes this experiment.
     """
     scratch = scratch_folder(experiment)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(scratch.with_name(f".{scratch.name}.lock"), timeout=0):
+            _execute(experiment, key, console, scratch)
+    except Timeout:
+        raise ValueError("another process executes this experiment") from None
+
+
+def _execute(experiment: Experiment, key: str, console: TextIO, scratch: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch.mkdir()
     with open(log_path(experiment), "w", encoding="utf-8") as log:
         papermill.execute_notebook(
             _papermill_path(experiment.source),
@@ -101,7 +113,7 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
                 }
             ),
         )
-    _complete(scratch, key)
+    _complete(scratch, experiment, key)
     _move_into_place(scratch, experiment.destination)
 
 
@@ -145,18 +157,20 @@ def _papermill_path(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _complete(scratch: Path, key: str) -> None:
-    """Adds the key to the summary; takes times and run-specific metadata out of the notebook."""
+def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
+    """Adds the key to the summary and the answer to the notebook; takes times out of it."""
     path = scratch / "summary.json"
     if not path.is_file():
         raise RuntimeError(f"{scratch.relative_to(ROOT)}: the notebook wrote no summary.json")
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"input_key": key}, indent=2, ensure_ascii=False)
-        + "\n"
-    )
+    summary = json.loads(path.read_text()) | {"input_key": key}
+    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     executed = scratch / "executed.ipynb"
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("papermill", None)
+    first = notebook.cells[0]
+    if ANSWER in first.source:  # its own, not what was published when it began
+        said = answer([summary], experiment.notebook)
+        first.source = replace_block(first.source, "answer", said, experiment.label)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)

@@ -53,8 +53,8 @@ def runs(
     """
     check_runnable(config)
     plain_name(experiment, "experiment")
-    if not all(isinstance(seed, int) for seed in seeds):  # a seed, too, names a folder
-        raise ValueError(f"seeds: got {list(seeds)!r}; allowed are ints")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):  # they name folders
+        raise ValueError(f"seeds: got {list(seeds)!r}; allowed are ints from 0 on")
     splits = splits or distributed.on_main(lambda: load_splits(config))
     distributed.check_divisible(config, len(splits.train))
     fingerprint = config.fingerprint(splits.info.sha256)

@@ -126,7 +126,7 @@ def sweep_runs(
         data = (c.dataset, c.data_dir, c.val_fraction, c.n_train, c.split_seed)
         if data not in splits:
             splits[data] = load_splits(c)
-        key = f"{seed}-{c.fingerprint()}"
+        key = f"{seed}-{c.fingerprint(splits[data].info.sha256)}"
         try:
             if key not in same:
                 (same[key],) = runs(

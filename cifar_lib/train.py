@@ -115,9 +115,11 @@ def check_runnable(config: TrainConfig) -> None:
 
     Raises:
         ValueError: names the field (model, width, depth, dropout, weights, normalization,
-            device, precision).
+            device, precision, deterministic).
     """
-    choose_execution(config)
+    device = choose_execution(config).device
+    if config.deterministic and config.model == "speed_net" and device.type == "cuda":
+        raise ValueError("deterministic true: speed_net's last pool has no such gradient on CUDA")
     check_transfer(config)
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
@@ -144,12 +146,12 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
     # Dropout draws from the global generator, each rank for its own slice of the batch.
     torch.manual_seed(_epoch_seed(seed, epoch) + (distributed.rank() << 40))
     order = _order(state, generator)
-    size = min(config.batch_size, len(state.data))
-    steps = max(1, len(order) // size)
+    steps, size = state.batches(epoch)
     losses = torch.zeros(steps, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     share = size // distributed.size()  # images of a step that are this rank's
     micro = config.micro_batch_size or share
+    parts = -(-share // micro)
     set_training_mode(state.model)
 
     for step in tqdm(
@@ -172,19 +174,20 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         )
         images, targets, index = map(distributed.shard, (images, targets, index))
         state.optimizer.zero_grad(set_to_none=True)
-        for x, y, which in zip(
-            images.split(micro), targets.split(micro), index.split(micro), strict=True
+        for part, (x, y, which) in enumerate(
+            zip(images.split(micro), targets.split(micro), index.split(micro), strict=True), 1
         ):
-            with execution.autocast():
-                logits = state.forward(x)
-            logits = logits.float()
-            each = F.cross_entropy(
-                logits, y, label_smoothing=config.label_smoothing, reduction="none"
-            )
+            with distributed.gradients_stay(state.forward, part < parts):
+                with execution.autocast():
+                    logits = state.forward(x)
+                logits = logits.float()
+                each = F.cross_entropy(
+                    logits, y, label_smoothing=config.label_smoothing, reduction="none"
+                )
+                loss = each.sum() / share
+                state.scaler.scale(loss).backward()
             if config.keep_hardest < 1:
                 state.last_losses[which] = each.detach()
-            loss = each.sum() / share
-            state.scaler.scale(loss).backward()
             losses[step] += loss.detach()
             hard = y if y.ndim == 1 else y.argmax(1)
             correct += (logits.detach().argmax(1) == hard).sum()
@@ -214,13 +217,13 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
 
 def _order(state: TrainState, generator: torch.Generator) -> Tensor:
     """The training images of an epoch, in its order: all, or those that were hardest last."""
-    config, n = state.config, len(state.data)
+    n = len(state.data)
     order = torch.randperm(n, generator=generator, device=state.data.images.device)
-    if config.keep_hardest == 1 or state.epoch < config.keep_hardest_from:
+    if (kept := state.kept(state.epoch)) == n:
         return order
-    hardest = state.last_losses.topk(max(1, round(n * config.keep_hardest))).indices
-    kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill(0, hardest, True)
-    return order[kept[order]]
+    hardest = state.last_losses.topk(kept).indices
+    chosen = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill(0, hardest, True)
+    return order[chosen[order]]
 
 
 def _exchange_losses(state: TrainState, batches: Sequence[Tensor]) -> None:
@@ -252,12 +255,15 @@ def _compile(state: TrainState, execution: Execution) -> float:
     """Compiles the model and runs it once, untimed by the loop; leaves the weights as they were."""
     began = time.perf_counter()
     config, side = state.config, state.data.images.shape[-1]
-    # On CUDA this also records CUDA graphs: a step is then one launch, not hundreds.
-    mode = "max-autotune" if execution.device.type == "cuda" else None
-    state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
-    before = copy.deepcopy(state.model.state_dict())
     share = min(config.batch_size, len(state.data)) // distributed.size()
     size = config.micro_batch_size or share
+    mode = None
+    if execution.device.type == "cuda":
+        # With CUDA graphs a step is one launch, not hundreds; but a graph's gradients are
+        # overwritten when it runs again, so they cannot add up over micro-batches.
+        mode = "max-autotune" if size == share else "max-autotune-no-cudagraphs"
+    state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
+    before = copy.deepcopy(state.model.state_dict())
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     for pixels in {side, config.low_resolution or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)

@@ -64,7 +64,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
     evaluation_seconds = time.perf_counter() - began
     distributed.on_main(lambda: results.save_logits(run_dir, logits))
     train_seconds = math.fsum(row["seconds"] for row in state.history)
-    seen = state.steps_per_epoch * min(config.batch_size, len(state.data)) * state.epoch
+    seen = sum(math.prod(state.batches(epoch)) for epoch in range(state.epoch))
     return {
         "seed": state.seed,
         "result": {

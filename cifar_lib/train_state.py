@@ -1,6 +1,7 @@
 """The state of a training: what changes while a run goes on, saved and taken up again."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class TrainState:
     epoch: int
     history: list[dict[str, Any]]
     best: dict[str, Any]
-    last_losses: Tensor  # of each training image when last seen, where keep_hardest asks
+    # Of each training image when last seen, where keep_hardest asks; infinite before that.
+    last_losses: Tensor
     pretrained: dict[str, str] | None = None  # the file that the weights began as
     other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
 
@@ -58,7 +60,7 @@ class TrainState:
         mean, std = expected_statistics(config) or splits.train.statistics
         model = build_model(config, len(splits.train.class_names))
         pretrained = load_pretrained(model, config)
-        if isinstance(model, SpeedNet):
+        if pretrained is None and isinstance(model, SpeedNet):
             some = splits.train.images[:WHITENING_IMAGES]
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
@@ -88,7 +90,7 @@ class TrainState:
             epoch=0,
             history=[],
             best={"epoch": 0, "val_accuracy": None, "val_loss": None},
-            last_losses=torch.zeros(len(splits.train), device=execution.device),
+            last_losses=torch.full((len(splits.train),), math.inf, device=execution.device),
             pretrained=pretrained,
         )
 
@@ -103,6 +105,19 @@ class TrainState:
         # The incomplete last batch is left out: shapes stay fixed, and each epoch leaves out
         # other images, since each has its own order.
         return max(1, len(self.data) // self.config.batch_size)
+
+    def kept(self, epoch: int) -> int:
+        """How many training images an epoch (from 0) draws its batches from."""
+        config, n = self.config, len(self.data)
+        if config.keep_hardest == 1 or epoch < config.keep_hardest_from:
+            return n
+        return max(distributed.size(), round(n * config.keep_hardest))
+
+    def batches(self, epoch: int) -> tuple[int, int]:
+        """Optimiser steps that an epoch (from 0) makes, and images of each on all ranks."""
+        kept = self.kept(epoch)
+        size = min(self.config.batch_size, kept - kept % distributed.size())
+        return max(1, kept // size), size
 
     @property
     def stopped_early(self) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cifar_lib.execution import TRAINING_ROOMS
+
 LIBRARY = Path(__file__).resolve().parents[1] / "cifar_lib"
 FILES = sorted(LIBRARY.rglob("*.py"))
 # From the ground up. A room split by idea keeps its name in front: data.py, data_download.py.
@@ -71,6 +73,18 @@ def from_below(path: Path, source: str) -> list[str]:
     """The imports that go against the order of the rooms."""
     height = ROOMS.index(room_of(module_of(path)))
     return [m for m in imports(path, source) if ROOMS.index(room_of(m)) > height]
+
+
+def test_the_code_of_a_run_is_all_that_training_imports() -> None:
+    needed, left = set(), ["cifar_lib.train"]
+    while left:
+        path = LIBRARY.parent / (left.pop().replace(".", "/") + ".py")
+        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
+        if path.is_file() and path not in needed:
+            needed.add(path)
+            left += imports(path, path.read_text(encoding="utf-8"))
+    hashed = {path for pattern in TRAINING_ROOMS for path in LIBRARY.glob(pattern)}
+    assert {path.stem for path in needed - hashed} == {"files"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

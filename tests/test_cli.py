@@ -4,7 +4,10 @@ import pytest
 from conftest import PARAMS
 
 from cifar_lib import study_runs
+from cifar_lib.config import ROOT
 
+SWEEP = str(ROOT / "params/02_speed/ablations.yaml")
+FIXTURES = str(ROOT / "tests/fixtures/reports/02_speed")
 COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report"]
 
 
@@ -34,9 +37,15 @@ def test_each_command_explains_itself(call, command):
         (["train", "PARAMS", "-p", "epochs=many"], "epochs: got 'many'"),
         (["train", "PARAMS", "-p", "lr=1"], "unknown field 'lr'"),
         (["train", "PARAMS", "-p", "model=big"], "model: got 'big'"),
+        (["train", "PARAMS", "--seed", "-1"], "--seed"),
+        (["train", SWEEP], "a sweep, which its notebook runs: study --preset full --only '*/abl"),
         (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=EMPTY"], "EMPTY"),
         (["data", "--dataset", "cifar100"], "dataset: got 'cifar100'"),
         (["evaluate", "EMPTY"], "not a finished run"),
+        (
+            ["evaluate", str(ROOT / "tests/fixtures/reports/02_speed")],
+            "name one of those in it: smoke",
+        ),
         (["export", "EMPTY"], "not a finished run"),
         (["predict", "EMPTY", "PARAMS"], "not a finished run"),
         (["predict", "EMPTY", "PARAMS", "--format", "xml"], "--format: got 'xml'"),

@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from cifar_lib.data_sources import CIFAR10_CLASSES, find_source, read_digits, read_source
+from cifar_lib.predict import read_image
 
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -205,6 +206,18 @@ def test_folders_of_any_classes(tmp_path: Path) -> None:
     assert torch.equal(tensors["train_images"][0].permute(1, 2, 0), torch.from_numpy(pixels(100)))
     (tmp_path / "test" / "ant" / "9.JPG").write_bytes(picture(8, "JPEG"))
     assert read(tmp_path)[1]
+
+
+def test_pictures_of_any_mode_are_seen_as_prediction_sees_them(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ("cat", "ant"))
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(ramp).save(tmp_path / "train/ant/0.png")
+    Image.new("RGBA", (32, 32)).save(tmp_path / "train/ant/1.png")
+    tensors, _ = read(tmp_path)
+    grey, transparent = tensors["train_images"][:2]
+    assert grey[0].float().mean().item() == pytest.approx(127, abs=2)
+    assert (transparent == 255).all()
+    assert torch.equal(grey, read_image(tmp_path / "train/ant/0.png"))
 
 
 def test_folders_of_cifar10s_classes_keep_its_order(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -308,6 +309,16 @@ def test_what_can_not_be_divided_is_refused(monkeypatch, tiny, device, changes, 
     config = tiny(**{"batch_size": 128} | changes)
     with pytest.raises(ValueError, match=said):
         distributed.check_divisible(config)
+
+
+def test_gradients_are_exchanged_once_a_step(monkeypatch):
+    asked = []
+    forward = SimpleNamespace(no_sync=lambda: nullcontext(asked.append(1)))
+    for size, here in ((1, True), (2, False), (2, True)):
+        as_rank(monkeypatch, 0, size)
+        with distributed.gradients_stay(forward, here):
+            pass
+    assert asked == [1]
 
 
 def test_a_batch_is_never_larger_than_the_data(monkeypatch, tiny):

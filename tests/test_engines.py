@@ -211,6 +211,19 @@ def test_a_mistake_about_engines_is_one_line(swept, call, monkeypatch, words, sa
 # --- processes ------------------------------------------------------------------------------
 
 
+def test_a_process_that_died_while_it_waited_is_replaced(tmp_path, digits, tiny):
+    task = make_task(tmp_path, digits, tiny(epochs=1))
+    engine = LocalEngine(1)
+    try:
+        ((process, _),) = engine.idle
+        process.kill()
+        process.join()
+        engine.start(task)
+        assert engine.finished(timeout=60) == [(task, "")] and missing([task]) == []
+    finally:
+        engine.close()
+
+
 def test_a_killed_process_is_replaced_and_its_run_trained(tmp_path, digits, tiny, monkeypatch):
     task = make_task(tmp_path, digits, tiny(epochs=2))
     task.folder.mkdir(parents=True)

@@ -81,15 +81,10 @@ def scores() -> pd.DataFrame:
 
 
 def every_chart() -> dict[str, Figure]:
-    table = pd.DataFrame(
-        {"class_name": NAMES, "n": [50, 50, 0], "precision": [1, 0.5, np.nan]}
-        | {"recall": [0.8, 1.0, np.nan]}
-    )
     p = np.eye(3)[[0, 1, 2, 0]]
     note = "CIFAR-10, four images " * 9
     return {
         "learning_curves": plots.learning_curves(metrics(), caption_text=note),
-        "per_class_bars": plots.per_class_bars(table, caption_text=note),
         "confusion_heatmap": plots.confusion_heatmap(
             np.eye(3, dtype=int), NAMES, caption_text=note
         ),
@@ -170,22 +165,6 @@ def test_reported_curves_are_dotted_beside_ours() -> None:
     (dotted,) = [line for line in accuracy.lines if line.get_linestyle() == ":"]
     assert dotted.get_label() == "val, study A"
     assert list(dotted.get_ydata()) == [0.5, 0.6]
-
-
-def test_per_class_bars_are_recalls_with_wilsons_interval() -> None:
-    table = pd.DataFrame(
-        {"class_name": NAMES, "n": [100, 50, 0], "precision": [0.9, 0.5, np.nan]}
-        | {"recall": [0.8, 1.0, np.nan]}
-    )
-    (ax,) = plots.per_class_bars(table).axes
-    widths = [bar.get_width() for bar in ax.patches]
-    assert widths[:2] == [0.8, 1.0] and np.isnan(widths[2])
-    assert [label.get_text() for label in ax.get_yticklabels()] == list(NAMES)
-    assert {"80.0 %", "100.0 %", "undefined (n = 0)"} <= {t.get_text() for t in ax.texts}
-    (segments,) = [c.get_segments() for c in ax.collections]
-    assert len(segments) == 2
-    # Wilson, by hand: 80 of 100 gives 0.7112 to 0.8666.
-    np.testing.assert_allclose(segments[0][:, 0], [0.7112, 0.8666], atol=1e-4)
 
 
 def test_confusion_heatmap_writes_counts_and_shades_shares() -> None:

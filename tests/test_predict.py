@@ -15,8 +15,8 @@ from cifar_lib.predict import (
     find_images,
     find_run,
     predictions_frame,
+    predictor,
     read_image,
-    run_logits,
     score,
 )
 from cifar_lib.predict_export import CARD, MAX_BYTES, export_run, model_card
@@ -106,8 +106,8 @@ def test_files_are_found_and_labelled_by_their_folder(tmp_path):
 
 def test_logits_are_those_of_the_run(run, digits):
     images = digits.test.images
-    assert torch.allclose(run_logits(run, images), run.test_logits, atol=1e-5)
-    assert torch.allclose(run_logits(run, images, tta=True), run.test_logits_tta, atol=1e-5)
+    assert torch.allclose(predictor(run)(images), run.test_logits, atol=1e-5)
+    assert torch.allclose(predictor(run, tta=True)(images), run.test_logits_tta, atol=1e-5)
     assert not torch.allclose(run.test_logits, run.test_logits_tta, atol=1e-2)
 
 
@@ -166,7 +166,7 @@ def test_a_name_that_is_no_text_and_a_link_to_nowhere_do_not_stop_the_others(
 def test_weights_that_do_not_fit_are_refused(run, digits):
     other = replace(run, summary=run.summary | {"class_names": ["a"]})
     with pytest.raises(ValueError, match="do not fit"):
-        run_logits(other, digits.test.images[:2])
+        predictor(other)(digits.test.images[:2])
 
 
 # --- the model that comes with the project --------------------------------------------------
@@ -183,7 +183,7 @@ def test_an_exported_run_says_the_same_in_half_the_bytes(call, tmp_path, monkeyp
     for name, tensor in exported.weights.items():
         assert (tensor.dtype == torch.float16) == (tensor.ndim > 1)
         assert torch.allclose(tensor.float(), run.weights[name].float(), rtol=1e-3, atol=1e-6)
-    before, after = run_logits(run, digits.test.images), run_logits(exported, digits.test.images)
+    before, after = predictor(run)(digits.test.images), predictor(exported)(digits.test.images)
     assert torch.allclose(before, after, atol=0.02) and not torch.equal(before, after)
     whole, half = ((r.path / WEIGHTS).stat().st_size for r in (run, exported))
     assert half < 0.7 * whole
@@ -229,4 +229,4 @@ def test_the_shipped_model_is_whole_small_and_described():
     run: Run = load_run(predict.SHIPPED)
     assert (run.path / WEIGHTS).stat().st_size <= MAX_BYTES
     assert (run.path / CARD).read_text() == model_card(run)
-    assert run_logits(run, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+    assert predictor(run)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).isfinite().all()

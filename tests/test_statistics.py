@@ -74,6 +74,7 @@ def test_no_runs_are_refused() -> None:
 )
 def test_the_verdict_is_read_off_the_interval(low, high, said) -> None:
     assert Difference(0.2, low, high, 3, "Welch").verdict == said
+    assert Difference(math.nan, low, high, 3, "Welch").verdict == "not measured"
 
 
 def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
@@ -167,6 +168,13 @@ def test_seeds_needed_find_the_difference_as_often_as_promised(paired: bool) -> 
     error = 3 * math.sqrt(0.8 * 0.2 / 40_000)
     assert found(n) > 0.8 - error
     assert found(n - 1) < 0.8 + error
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_clearer_effects_need_no_more_seeds(paired: bool) -> None:
+    # From ratios of about 4 on scipy's noncentral t has no number for the far tail.
+    needed = [seeds_needed(ratio, 1.0, paired=paired) for ratio in np.geomspace(0.2, 200, 60)]
+    assert needed == sorted(needed, reverse=True) and needed[-1] == 2
 
 
 def test_two_seeds_are_the_least() -> None:

@@ -2,9 +2,11 @@
 
 import io
 import json
+import shutil
 
 import nbformat
 import pytest
+from filelock import FileLock
 
 from cifar_lib import (
     reports,
@@ -135,6 +137,41 @@ def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
     assert "see runs/.scratch/quick/toy/one/executed.ipynb" in said
     assert (checkout / "runs/.scratch/quick/toy/one/executed.ipynb").is_file()
     assert (checkout / "reports/quick/toy/one/summary.json").is_file()
+
+
+def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch):
+    real = study.input_key
+
+    def input_key(experiment):
+        if experiment.name == "one":
+            raise ValueError("CIFAR-10 was not found in /nowhere")
+        return real(experiment)
+
+    monkeypatch.setattr(study, "input_key", input_key)
+    failed, said = run_study()
+    assert failed == ["toy/one"] and "toy/two: done in" in said
+    assert "failed: toy/one: CIFAR-10 was not found in /nowhere" in said
+
+
+def test_one_process_executes_an_experiment(checkout):
+    place = checkout / "runs/.scratch/quick/toy/.one.lock"
+    place.parent.mkdir(parents=True)
+    with FileLock(place):
+        failed, said = run_study()
+    assert failed == ["toy/one"] and "toy/two: done in" in said
+    assert "toy/one: FAILED: another process executes this experiment" in said
+
+
+def test_an_executed_notebook_begins_with_its_own_answer(tmp_path):
+    (summary,) = reports.read_summaries("tests/fixtures/reports/02_speed")
+    del summary["path"]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shutil.copy(ROOT / "notebooks/02_speed.ipynb", tmp_path / "executed.ipynb")
+    experiment = study_experiments.Experiment("full", "02_speed", "smoke", {})
+    study_execute._complete(tmp_path, experiment, "key")
+    first = nbformat.read(tmp_path / "executed.ipynb", as_version=4).cells[0].source
+    assert first.count("test accuracy") == 1 and "- **smoke**: test accuracy" in first
+    assert "](" not in first
 
 
 def test_the_key_follows_everything_a_report_depends_on(checkout, monkeypatch):

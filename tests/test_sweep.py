@@ -1,5 +1,7 @@
 """A sweep file: read whole and checked whole, what two variants share is trained once."""
 
+import dataclasses
+
 import pytest
 
 from cifar_lib import study_runs, study_sweep
@@ -103,6 +105,14 @@ def test_what_variants_and_sweeps_share_is_trained_once(tmp_path, counted, capsy
     assert sweep_runs(two)["slow"][0].path == first["slow"][0].path and len(counted) == 2
     sweep_runs(two, force=True)
     assert len(counted) == 4
+
+
+def test_what_is_trained_on_other_data_is_not_shared(tmp_path, counted, monkeypatch, digits):
+    (tmp_path / "s.yaml").write_text(TEXT.replace("{device: cpu}", "{data_dir: elsewhere}"))
+    other = dataclasses.replace(digits, info=dataclasses.replace(digits.info, sha256="0" * 64))
+    monkeypatch.setattr(study_sweep, "load_splits", lambda c: other if c.data_dir else digits)
+    found = sweep_runs(read_sweep(tmp_path / "s.yaml"))
+    assert found["default"][0].path != found["same"][0].path and len(counted) == 3
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path, counted):

@@ -11,6 +11,7 @@ from torch import nn
 from cifar_lib import checkpoint, results, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
+from cifar_lib.execution import Execution
 from cifar_lib.train import train
 from cifar_lib.train_evaluate import evaluate_run
 
@@ -226,6 +227,13 @@ def test_bf16_trains_where_the_processor_has_it(tmp_path, digits, tiny):
     assert run.metrics.train_loss.iloc[-1] < run.metrics.train_loss.iloc[0]
 
 
+def test_what_has_no_deterministic_gradient_on_cuda_is_refused(monkeypatch, tiny):
+    cuda = Execution(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(train_module, "choose_execution", lambda _: cuda)
+    with pytest.raises(ValueError, match=r"^deterministic true: speed_net"):
+        train_module.check_runnable(tiny(model="speed_net", deterministic=True))
+
+
 def test_fp16_on_a_cpu_is_refused(tmp_path, digits, tiny):
     with pytest.raises(ValueError, match="precision: got 'fp16'"):
         train(tiny(precision="fp16", device="cpu"), 0, digits, tmp_path)
@@ -239,6 +247,8 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, digits, tiny):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_same_loop_trains_on_cuda(tmp_path, digits, tiny):
-    run = train(tiny(device="cuda", precision="auto", epochs=6), 0, digits, tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"compile": True, "micro_batch_size": 25}])
+def test_the_same_loop_trains_on_cuda(tmp_path, digits, tiny, changes):
+    config = tiny(device="cuda", precision="auto", epochs=6, **changes)
+    run = train(config, 0, digits, tmp_path)
     assert run.metrics.train_loss.iloc[-1] < run.metrics.train_loss.iloc[0]

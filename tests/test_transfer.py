@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from cifar_lib import train as train_module
 from cifar_lib.augment import normalize, resize
 from cifar_lib.config import TrainConfig
 from cifar_lib.evaluate import predict_logits
+from cifar_lib.execution import Execution
 from cifar_lib.models import build_model, flops_per_image, imagenet
 from cifar_lib.models.imagenet import PUBLISHED, timm_name
 from cifar_lib.models.transfer import (
@@ -29,11 +31,12 @@ from cifar_lib.models.transfer import (
     set_training_mode,
 )
 from cifar_lib.optim import build_optimizer, set_learning_rate
-from cifar_lib.predict import run_logits
+from cifar_lib.predict import predictor
 from cifar_lib.study_execute import input_key
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.train import train
 from cifar_lib.train_evaluate import evaluate_run
+from cifar_lib.train_state import TrainState
 
 LITE0 = TrainConfig(model="efficientnet_lite0", weights="imagenet", normalization="weights")
 
@@ -161,7 +164,7 @@ def test_a_run_starts_from_a_file_resumes_to_the_bit_and_later_needs_no_file(
     moved.unlink()
     again = evaluate_run(results.load_run(whole.path), digits)
     assert again["test_accuracy"] == whole.summary["result"]["test_accuracy"]
-    probabilities = run_logits(whole, digits.test.images).softmax(1)
+    probabilities = predictor(whole)(digits.test.images).softmax(1)
     assert torch.allclose(probabilities, whole.test_logits.softmax(1), atol=1e-5)
 
 
@@ -174,6 +177,19 @@ def test_the_first_weights_are_the_file_s_but_for_the_last_layer(resnet, resnet_
     state = backbone(model.state_dict())
     assert len(state) == 120 and all(torch.equal(t, file[name]) for name, t in state.items())
     assert torch.equal(model.fc.weight, own)
+
+
+def test_whitening_of_given_weights_is_kept(tmp_path, digits, tiny):
+    speed_net = tiny(model="speed_net", width=0.25)
+    model = build_model(speed_net, 10)
+    model.fit_input(torch.rand(64, 3, 32, 32))
+    results.save_weights(tmp_path, model.state_dict())
+    config = speed_net.model_copy(update={"weights": str(tmp_path / results.WEIGHTS)})
+    here = Execution(torch.device("cpu"), torch.float32)
+    given = TrainState.start(config, 0, digits, here).model.whitening.weight
+    assert torch.equal(given, model.whitening.weight)
+    fitted = TrainState.start(speed_net, 0, digits, here).model.whitening.weight
+    assert not torch.allclose(fitted, given)
 
 
 def test_a_run_is_keyed_by_the_content_of_its_weights_not_by_their_path(tiny, small_file):
@@ -285,7 +301,7 @@ def test_the_model_enlarges_its_images_wherever_it_is_called(tmp_path, digits, t
     again = evaluate_run(run, digits)
     result = run.summary["result"]
     assert again["test_accuracy_tta"] == result["test_accuracy_tta"] is not None
-    probabilities = run_logits(run, digits.test.images, tta=True)
+    probabilities = predictor(run, tta=True)(digits.test.images)
     accuracy = (probabilities.argmax(1) == digits.test.labels).double().mean().item()
     assert accuracy == pytest.approx(result["test_accuracy_tta"])
 
@@ -394,13 +410,20 @@ def test_imagenet_weights_are_downloaded_once_and_their_hash_checked(hub, monkey
 
     monkeypatch.setattr(imagenet, "fetch", answer)
     config = TrainConfig(model="imagenet_resnet18", weights="imagenet")
-    names = [experiment.name for experiment in load_preset("imagenet")]
+    with pytest.raises(ValueError, match="damaged on the way"):
+        check_transfer(config)
+    assert not [path for path in hub.parent.iterdir() if path.suffix != ".lock"]
+    asked.clear()
+    sha256 = hashlib.sha256(resnet_file.read_bytes()).hexdigest()
+    sent = SimpleNamespace(hexdigest=lambda: "f37072fd")  # as if they were the published bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(imagenet, "hashlib", SimpleNamespace(sha256=lambda content: sent))
+        names = [experiment.name for experiment in load_preset("imagenet")]
     assert names == ["study-c", "study-d1"]
     assert asked == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
     with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth: damaged, its SHA-256 is"):
         load_pretrained(build_model(config, 10), config)
     # Under its true name the same file is taken.
-    sha256 = hashlib.sha256(resnet_file.read_bytes()).hexdigest()
     named = hub.with_name(f"resnet18-{sha256[:8]}.pth")
     os.replace(hub, named)
     published = imagenet.Published(lambda: named, (0.5,) * 3, (0.5,) * 3)

@@ -7,6 +7,7 @@ EfficientNet, arXiv 1905.11946, without squeeze-and-excitation and with ReLU6. B
 32 times, to a single position at 32 pixels; `TrainConfig.image_size` enlarges images first.
 """
 
+import hashlib
 import http.client
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from cifar_lib.data_download import DownloadError, fetch
@@ -85,8 +87,14 @@ def _find_resnet18() -> Path:
             if os.environ.get("CIFAR10_DOWNLOAD") == "0":
                 raise DownloadError("downloading is switched off by CIFAR10_DOWNLOAD=0")
             path.parent.mkdir(parents=True, exist_ok=True)
-            fetch(url, part, limit_s=None)
-            os.replace(part, path)
+            with FileLock(path.with_suffix(".lock")):
+                if not path.is_file():  # else another process was quicker
+                    fetch(url, part, limit_s=None)
+                    content = hashlib.sha256(part.read_bytes()).hexdigest()
+                    if not content.startswith(path.stem.rpartition("-")[2]):
+                        part.unlink()  # wrong bytes must not be gone on from
+                        raise DownloadError("damaged on the way: its SHA-256 is another")
+                    os.replace(part, path)
         except (OSError, http.client.HTTPException, DownloadError) as error:
             raise ValueError(
                 f"weights: 'imagenet' of imagenet_resnet18 could not be downloaded ({error}); "
