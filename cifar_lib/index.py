@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 
 from cifar_lib.config import ROOT
-from cifar_lib.execution import training_code_sha256
+from cifar_lib.execution import OtherLoad, training_code_sha256
 from cifar_lib.files import write_atomic
 from cifar_lib.reports import read_summaries, row_of
 
@@ -105,7 +105,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
 
 
 def _shared_machine(row: dict[str, Any]) -> bool:
-    return row["other_load"] is not None and row["other_load"] > 0.05
+    return row["other_load"] is not None and row["other_load"] > OtherLoad.NEGLIGIBLE
 
 
 def answer(summaries: list[dict[str, Any]], notebook: str) -> str:

@@ -21,6 +21,7 @@ from matplotlib.ticker import (
 )
 from matplotlib.transforms import Bbox
 
+from cifar_lib.execution import OtherLoad
 from cifar_lib.plots import BLUE, ORANGE, Chart, caption, new_figure
 
 COSTS = {
@@ -38,7 +39,8 @@ def accuracy_vs_cost(
     """Draws accuracy against a cost (logarithmic), a labelled point with interval a row.
 
     Args:
-        frame: columns experiment, test_accuracy, low, high (0..1, may be missing) and the cost.
+        frame: columns experiment, test_accuracy, low, high (0..1, may be missing) and the cost;
+            with train_seconds also other_load, 0..1: points of a shared machine are hollow.
         cost: a key of `COSTS`.
         caption_text: see `caption`.
 
@@ -52,6 +54,9 @@ def accuracy_vs_cost(
     points = points.dropna(subset=[cost, "test_accuracy"])
     x, y = points[cost].to_numpy(), points["test_accuracy"].to_numpy()
     ax.errorbar(x, y, yerr=_errors(points), fmt="o", color=BLUE, capsize=3, markersize=6)
+    if cost == "train_seconds":
+        shared = points["other_load"].fillna(0) > OtherLoad.NEGLIGIBLE
+        ax.plot(x[shared], y[shared], "o", color=BLUE, markersize=6, markerfacecolor="white")
     ax.set_xscale("log")
     if len(points):  # room for the labels, and at least two ticks
         ax.set_xlim(x.min() / 2, x.max() * 2)

@@ -32,7 +32,7 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     ax.hlines(y, spans[:, 0], spans[:, 1], color=GREY, linewidth=1)
     ax.plot(rates, y, "o", color=BLUE, markersize=5)
     for i, (rate, was, why) in enumerate(zip(rates, before, frame["why"], strict=True)):
-        gain = "" if i == 0 else f", {rate / was:.2f} times"
+        gain = "" if i == 0 else f", {rate / was:.3g} times"
         right = max(spans[i, 1], was)
         ax.annotate(f"  {rate:,.0f}{gain} · {why}", (right, i), va="center", fontsize=8)
     ax.set_yticks(list(y), frame["rung"].tolist())

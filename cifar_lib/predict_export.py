@@ -4,6 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from cifar_lib.execution import OtherLoad
 from cifar_lib.files import write_atomic
 from cifar_lib.results import METRICS, SUMMARY, WEIGHTS, Run, load_run, save_config, save_summary
 
@@ -54,6 +55,10 @@ def model_card(run: Run) -> str:
         f"test accuracy, test-time augmentation `{config.tta}`": tta,
         "validation accuracy": result["val_accuracy"],
     }
+    bound = "at most " if result.get("other_load", 0) > OtherLoad.NEGLIGIBLE else ""
+    chosen = f"the best epoch on {data['n_val']:,} validation images"
+    if not data["n_val"]:
+        chosen = "the last epoch, without validation"
     rows = [f"| {k} | {100 * v:.2f} % |" for k, v in measured.items() if v is not None]
     return f"""# The model that comes with the project
 
@@ -66,10 +71,10 @@ One run of `{model["name"]}`, {model["parameters"]:,} parameters, written by
 
 - **Trained** on {data["n_train"]:,} images of {data["name"]} ({data["source"]}{copy}):
   seed {run.seed}, {result["epochs"]} epochs of {config.optimizer},
-  {result["train_seconds"]:.0f} s on {hardware["name"]}, {hardware["precision"]}.
+  {bound}{result["train_seconds"]:.0f} s on {hardware["name"]}, {hardware["precision"]}.
   Every setting is in `config.yaml`, every epoch in `{METRICS}`, the rest in `{SUMMARY}`.
-- **Chosen** on {data["n_val"]:,} validation images; without any, at the last epoch. The
-  {data["n_test"]:,} test images chose nothing.
+- **Chosen**: the weights of {chosen}.
+  The {data["n_test"]:,} test images chose nothing.
 - **Knows** {", ".join(summary["class_names"])}.
   A picture of anything else gets one of these names too, often with a high probability.
 - **Sees** the largest centred square of a picture, resized to 32×32 pixels.

@@ -10,6 +10,7 @@ COLUMNS = [
     "measured",
     "low",
     "high",
+    "with_tta",
     "n",
     "data",
     "n_train",
@@ -17,6 +18,7 @@ COLUMNS = [
     "parameters",
     "status",
 ]
+COUNTS = ["n", "n_train", "parameters"]
 
 
 def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
@@ -30,13 +32,15 @@ def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         COLUMNS, indexed by experiment; accuracies in percent, `measured` on test with its 95 %
-        interval over n seeds; `status` says measured, or why not.
+        interval over n seeds, `with_tta` with test-time augmentation; `status` says measured, or
+        why not.
     """
     measured = frame.assign(
         experiment=frame["notebook"] + "/" + frame["experiment"].str.removesuffix("-quick"),
         measured=100 * frame["test_accuracy"],
         low=100 * frame["low"],
         high=100 * frame["high"],
+        with_tta=100 * frame["test_accuracy_tta"],
         hours_a_seed=frame["train_seconds"] / 3600,
     )
     # What a source reports stands in `systems` alone.
@@ -51,4 +55,5 @@ def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
         system=table["system"].fillna(table["model"]),
         order=pd.Index(systems["experiment"]).get_indexer(table["experiment"]) + 1e6 * own,
     )
-    return table.sort_values(["order", "experiment"]).set_index("experiment")[COLUMNS]
+    table = table.sort_values(["order", "experiment"]).set_index("experiment")[COLUMNS]
+    return table.astype(dict.fromkeys(COUNTS, "Int64")).round(2)

@@ -23,6 +23,7 @@ def measured(*labels: str) -> pd.DataFrame:
             "test_accuracy": 0.9,
             "low": 0.89,
             "high": 0.91,
+            "test_accuracy_tta": 0.915,
             "train_seconds": 7200.0,
             "reported_accuracy": 0.5,
             "reported_by": "study X",
@@ -40,6 +41,7 @@ def test_systems_come_first_measured_or_not_then_what_has_no_source():
     row = table.loc["02_speed/smallcnn"]
     assert (row["study"], row["reported"], row["reported_on"]) == ("D2", 83.59, "test")
     assert (row["measured"], row["low"], row["high"], row["n"]) == (90.0, 89.0, 91.0, 3)
+    assert row["with_tta"] == 91.5 and str(row["parameters"]) == "1000"
     assert (row["hours_a_seed"], row["status"]) == (2.0, "measured")
     for name in ("study-c", "study-d1"):
         missing = table.loc[f"01_baseline/{name}"]

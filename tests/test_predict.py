@@ -4,6 +4,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ from cifar_lib.predict import (
 from cifar_lib.predict_export import CARD, MAX_BYTES, export_run, model_card
 from cifar_lib.results import WEIGHTS, Run, load_run
 from cifar_lib.train import train
+
+PHOTOGRAPHS = Path(__file__).with_name("fixtures") / "photographs"
+"""cat/chelsea.jpg: by Stéfan van der Walt, from scikit-image, CC0."""
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +228,13 @@ def test_an_interrupted_export_is_not_taken_for_a_whole_one(tmp_path, monkeypatc
         load_run(tmp_path)
 
 
-@pytest.mark.skipif(not predict.SHIPPED.is_dir(), reason="no model is shipped yet")
+def test_the_shipped_model_knows_a_photographed_cat(call):
+    status, out, err = call("predict", "shipped", str(PHOTOGRAPHS), "--format", "json")
+    record = json.loads(out)
+    assert (status, err) == (0, "") and record["score"] == {"n": 1, "top1": 1.0, "top5": 1.0}
+    assert record["predictions"][0]["probability_1"] > 0.8
+
+
 def test_the_shipped_model_is_whole_small_and_described():
     run: Run = load_run(predict.SHIPPED)
     assert (run.path / WEIGHTS).stat().st_size <= MAX_BYTES

@@ -137,7 +137,7 @@ def test_a_sweeps_answer_stands_at_the_top_of_its_notebook(tmp_path, digits, tin
     report = Report("out/06_x/remedies", "06_x", "remedies", "full", "What helps?")
     report.finish_sweep(runs, digits.info, answer=["plain: alone", "nothing was shown"])
     assert index.answer(read_summaries("out"), "06_x").splitlines() == [
-        "- **remedies**: What helps? [executed](../reports/full/06_x/remedies/executed.ipynb)",
+        "- **remedies**: What helps? ([executed](../reports/full/06_x/remedies/executed.ipynb))",
         "  - plain: alone",
         "  - nothing was shown",
     ]

@@ -1,0 +1,61 @@
+"""What a stage measures of its finished runs, and the checks that its notebook ends with."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from cifar_lib.predict_stage import (
+    calibration_table,
+    calibration_verdict,
+    corruption_table,
+    prediction_table,
+    stage_checks,
+)
+from cifar_lib.train import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny, digits):
+    folder = tmp_path_factory.mktemp("runs")
+    return [train(tiny(), seed, digits, folder / str(seed)) for seed in (0, 1)]
+
+
+def test_every_run_stands_in_every_table(runs, digits):
+    calibration = calibration_table(runs, digits)
+    assert calibration.seed.tolist() == [0, 0, 1, 1]
+    assert (calibration.temperature == 1).tolist() == [True, False] * 2
+    predictions = prediction_table(runs, digits.test)
+    assert list(predictions.columns) == ["label", "seed_0", "seed_1"]
+    for run in runs:
+        right = predictions.label == predictions[f"seed_{run.seed}"]
+        assert right.mean() == pytest.approx(run.summary["result"]["test_accuracy"])
+    corruptions = corruption_table(runs, digits.test, 50)
+    assert len(corruptions) == 2 * 26 and set(corruptions.n) == {50}
+    assert all(stage_checks(runs, [0, 1], digits, calibration, corruptions).values())
+
+
+def test_without_validation_nothing_is_fitted(runs, digits):
+    nothing = dataclasses.replace(digits, val=digits.val.subset(digits.val.labels[:0]))
+    table = calibration_table(runs, nothing)
+    assert table.temperature.tolist() == [1, 1]
+    assert "no temperature" in calibration_verdict(table)
+
+
+@pytest.mark.parametrize(("temperature", "said"), [(1.5, "more sure"), (0.7, "less sure")])
+def test_the_verdict_has_the_direction_and_both_errors(temperature, said):
+    rows = [{"temperature": t, "ece": e, "seed": 0} for t, e in ((1.0, 0.08), (temperature, 0.02))]
+    verdict = calibration_verdict(pd.DataFrame(rows))
+    assert said in verdict and f"{temperature:.2f}" in verdict and "0.080 to 0.020" in verdict
+
+
+def test_weights_that_answer_otherwise_are_seen(runs, digits):
+    calibration = calibration_table(runs, digits)
+    corruptions = corruption_table(runs, digits.test, 50)
+    corruptions.loc[corruptions.corruption == "none", "accuracy"] -= 0.02
+    checks = stage_checks(runs, [0, 1], digits, calibration, corruptions)
+    assert [name for name, holds in checks.items() if not holds] == [
+        "the saved weights answer as the run did"
+    ]
+    checks = stage_checks(runs, [0, 1, 2], digits, calibration, corruptions[:-1])
+    assert not checks["one finished run a seed"] and not checks["every corruption of every run"]
