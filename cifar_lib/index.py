@@ -19,6 +19,7 @@ from cifar_lib.reports import read_summaries, row_of
 MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
+SYSTEMS = "params/05_compare/systems.csv"
 
 
 def percent(value: float | None) -> str:
@@ -157,7 +158,7 @@ def generated_files() -> dict[Path, str]:
         Absolute path → whole content: the README in both languages, `reports/README.md` and
         the notebooks in `notebooks/`.
     """
-    summaries = read_summaries(FULL)
+    summaries = studies_first(read_summaries(FULL))
     code = training_code_sha256()
     files: dict[Path, str] = {}
     for name in ("README.md", "README.ko.md"):
@@ -173,6 +174,13 @@ def generated_files() -> dict[Path, str]:
         )
         files[path] = nbformat.writes(notebook) + "\n"
     return files
+
+
+def studies_first(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The experiments of the source studies in their order, then our own."""
+    systems = pd.read_csv(ROOT / SYSTEMS)["experiment"].tolist()
+    place = {name: i for i, name in enumerate(systems)}
+    return sorted(summaries, key=lambda s: place.get(s["path"], len(place)))
 
 
 def index_text(summaries: list[dict[str, Any]], code_sha256: str, title: str, link: str) -> str:

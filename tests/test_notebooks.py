@@ -57,3 +57,17 @@ def test_a_time_from_a_shared_machine_is_only_a_bound():
         said = index.answer(summaries, summaries[0]["notebook"])
         assert ("at most" in said) == bound
         assert ("‡" in index.results_table(summaries, "", "")) == bound
+
+
+def test_the_studies_come_first_in_their_order():
+    paths = ["01_baseline/efficientnet-96", "01_baseline/study-b", "01_baseline/study-a"]
+    ordered = [s["path"] for s in index.studies_first([{"path": path} for path in paths])]
+    assert ordered == paths[::-1]
+
+
+def test_at_most_is_the_longest_seed():
+    (summary,) = read_summaries("tests/fixtures/reports/02_speed")
+    summary["runs"] = [
+        summary["runs"][0] | {"train_seconds": s, "other_load": 0.5} for s in (9, 99)
+    ]
+    assert "at most 99 s a seed" in index.answer([summary], "02_speed")
