@@ -12,12 +12,13 @@ from cifar_lib.models import evaluation_mode
 SMALLEST_MAP = 4  # pixels; a later map says nothing about where
 
 
-def grad_cam(model: nn.Module, images: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
-    """Maps where the evidence for the predicted class lies (Grad-CAM).
+def hires_cam(model: nn.Module, images: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
+    """Maps where the evidence for the predicted class lies (HiResCAM): activation times gradient.
 
     The feature maps are the last ones of at least `SMALLEST_MAP` pixels a side, whatever module
     of the network makes them. At 32 pixels they are coarse, but gradients of single pixels are
-    speckle.
+    speckle. Grad-CAM, which averages a channel's gradient over its map, shows nothing on most
+    pictures where the network ends in a maximum: few places have a gradient, of either sign.
 
     Args:
         model: maps (N, 3, H, W) to (N, K); its mode is as before afterwards.
@@ -28,7 +29,7 @@ def grad_cam(model: nn.Module, images: Tensor, *, mean: Tensor, std: Tensor) -> 
     Returns:
         float32 (N, H, W) on the CPU, 0..1, the largest value of each image 1.
 
-    Source: Selvaraju et al., Grad-CAM, arXiv 1610.02391, section 3.
+    Source: Draelos and Carin, HiResCAM, arXiv 2011.08891, section 3; after Grad-CAM, 1610.02391.
     """
     device, last = next(model.parameters()).device, {}
 
@@ -45,7 +46,6 @@ def grad_cam(model: nn.Module, images: Tensor, *, mean: Tensor, std: Tensor) -> 
         for hook in hooks:
             hook.remove()
     (gradient,) = torch.autograd.grad(score, last["maps"])
-    weights = gradient.mean(dim=(2, 3), keepdim=True)
-    evidence = (weights * last["maps"].detach()).sum(dim=1, keepdim=True).relu()
+    evidence = (gradient * last["maps"].detach()).sum(dim=1, keepdim=True).relu()
     evidence = F.interpolate(evidence, size=images.shape[-2:], mode="bilinear").squeeze(1)
     return (evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)).cpu()

@@ -109,7 +109,7 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
 
     Args:
         images: uint8 (N, 3, H, W), 0..255.
-        maps: float (N, H, W), 0..1, as `evaluate_saliency.grad_cam` returns them.
+        maps: float (N, H, W), 0..1, as `evaluate_saliency.hires_cam` returns them.
 
     Returns:
         float (N, 3, H, W), 0..1; dark where there is no evidence, bright where there is most.

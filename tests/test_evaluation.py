@@ -21,7 +21,7 @@ from cifar_lib.evaluate_calibration import (
 from cifar_lib.evaluate_classes import class_scores
 from cifar_lib.evaluate_compare import compare_paired
 from cifar_lib.evaluate_robustness import SEVERITIES, corrupt, corruption_frame
-from cifar_lib.evaluate_saliency import grad_cam
+from cifar_lib.evaluate_saliency import hires_cam
 from cifar_lib.models import MODELS, build_model
 
 EVERY = [(name, severity) for name in SEVERITIES for severity in range(1, 6)]
@@ -265,19 +265,19 @@ def test_evidence_lies_where_the_network_looks() -> None:
     images[0, :, 4:12, 20:28] = 200
     images[1, :, 20:28, 0:8] = 100
     images[2, :, 4:8, 4:8] = 10  # class 1, and what is bright speaks against it
-    maps = grad_cam(model, images, mean=ZERO, std=ONE)
+    maps = hires_cam(model, images, mean=ZERO, std=ONE)
     assert maps[2].max() == 0
     for image, heat in zip(images[:2], maps[:2], strict=True):
         torch.testing.assert_close(heat, (image[0] > 0).float())
     assert model.training and not model[0].training
     assert not any(module._forward_hooks for module in model.modules())
-    assert grad_cam(model, torch.zeros_like(images), mean=ZERO, std=ONE).max() == 0
+    assert hires_cam(model, torch.zeros_like(images), mean=ZERO, std=ONE).max() == 0
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_has_maps_to_look_at(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(TrainConfig(model=name), 10)
-    maps = grad_cam(model, pictures(), mean=0.5 * ONE, std=0.25 * ONE)
+    maps = hires_cam(model, pictures(), mean=0.5 * ONE, std=0.25 * ONE)
     assert maps.shape == (3, 32, 32) and maps.isfinite().all()
-    assert maps.min() >= 0 and maps.amax((1, 2)).max() == 1
+    assert maps.min() >= 0 and maps.amax((1, 2)).tolist() == [1, 1, 1]
