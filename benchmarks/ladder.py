@@ -40,7 +40,7 @@ RUNGS: dict[str, dict[str, Any]] = {
         "images": 192,
     },
     "32 pixels": {"why": "the same network and loop, 49 times fewer pixels", "side": 32},
-    "SmallCNN": {"why": "four convolutions instead of eighteen layers", "side": 0},
+    "SmallCNN": {"why": "a network whose first layer keeps all 32 pixels", "side": 0},
     "resident, batched": {"why": "data on the device, batches of 250", "config": PLAIN},
     "channels_last": {"why": "the layout that convolutions want", "config": {"precision": "fp32"}},
     "bf16": {"why": "half the bytes, wider products", "config": {}},
