@@ -167,11 +167,10 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
     executed = scratch / "executed.ipynb"
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("papermill", None)
-    first = notebook.cells[0]
-    if ANSWER in first.source:  # its own, not what was published when it began
-        said = answer([summary], experiment.notebook)
-        first.source = replace_block(first.source, "answer", said, experiment.label)
     for cell in notebook.cells:
+        if ANSWER in cell.source:  # its own, not what was published when it began
+            said = answer([summary], experiment.notebook)
+            cell.source = replace_block(cell.source, "answer", said, experiment.label)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     nbformat.write(notebook, executed)

@@ -213,6 +213,7 @@ def test_a_mistake_about_engines_is_one_line(swept, call, monkeypatch, words, sa
 
 def test_a_process_that_died_while_it_waited_is_replaced(tmp_path, digits, tiny):
     task = make_task(tmp_path, digits, tiny(epochs=1))
+    task.folder.mkdir(parents=True)
     engine = LocalEngine(1)
     try:
         ((process, _),) = engine.idle
