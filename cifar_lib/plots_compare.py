@@ -56,12 +56,14 @@ def accuracy_vs_cost(
     ax.errorbar(x, y, yerr=_errors(points), fmt="o", color=BLUE, capsize=3, markersize=6)
     if cost == "train_seconds":
         shared = points["other_load"].fillna(0) > OtherLoad.NEGLIGIBLE
-        ax.plot(x[shared], y[shared], "o", color=BLUE, markersize=6, markerfacecolor="white")
+        hollow = ax.plot(x[shared], y[shared], "o", color=BLUE, markersize=6)[0]
+        hollow.set(markerfacecolor="white", zorder=3)  # above the errorbar's points
     ax.set_xscale("log")
     if len(points):  # room for the labels, and at least two ticks
         ax.set_xlim(x.min() / 2, x.max() * 2)
     ax.margins(y=0.15)
-    ax.set_xlabel(f"{COSTS[cost]} (log scale)")
+    note = "; hollow: at most, beside other work" if cost == "train_seconds" else ""
+    ax.set_xlabel(f"{COSTS[cost]} (log scale{note})")
     if cost == "train_seconds":
         ax.xaxis.set_major_locator(FixedLocator([n * unit for _, unit in UNITS for n in STEPS]))
         ax.xaxis.set_major_formatter(FuncFormatter(duration_tick))

@@ -201,6 +201,7 @@ def test_accuracy_vs_cost_places_and_names_the_points(cost: str) -> None:
     assert len(ticks) >= 2
     if cost == "train_seconds":  # a time from a shared machine is hollow
         assert ax.lines[-1].get_xdata().tolist() == [4000]
+        assert ax.lines[-1].get_zorder() > ax.lines[0].get_zorder()
 
 
 def test_labels_cover_neither_each_other_nor_another_point() -> None:
