@@ -202,8 +202,8 @@ class TrainConfig(BaseModel):
             raise ValueError("schedule 'multistep' needs milestones, got []")
         if self.schedule == "one_cycle" and self.warmup_epochs == 0:
             raise ValueError("schedule 'one_cycle' needs warmup_epochs above 0, got 0")
-        if self.early_stopping and self.val_fraction == 0:
-            raise ValueError("early_stopping needs val_fraction above 0, got 0")
+        if (patience := self.early_stopping) and self.val_fraction == 0:
+            raise ValueError(f"early_stopping {patience} needs val_fraction above 0, got 0")
         return self
 
     @property
@@ -262,8 +262,8 @@ def _explain(error: Any) -> str:
     value = _repr.repr(error["input"])
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, fields := list(TrainConfig.model_fields), 1)
-        hint = f"did you mean {close[0]}?" if close else f"fields are: {', '.join(fields)}"
-        return f"unknown field {name!r} (value {value}); {hint}"
+        hint = "did you mean {}?" if close else "fields are: {}"
+        return f"unknown field {name!r} (value {value}); " + hint.format(", ".join(close or fields))
     if not name:  # a rule between fields: its message names them
         return str(error["msg"]).removeprefix("Value error, ")
     return f"{name}: got {value}; {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -54,7 +54,9 @@ def accuracy_vs_cost(
     points = points.dropna(subset=[cost, "test_accuracy"])
     x, y = points[cost].to_numpy(), points["test_accuracy"].to_numpy()
     ax.errorbar(x, y, yerr=_errors(points), fmt="o", color=BLUE, capsize=3, markersize=6)
+    note = ""
     if cost == "train_seconds":
+        note = "; hollow: at most, beside other work"
         shared = points["other_load"].fillna(0) > OtherLoad.NEGLIGIBLE
         hollow = ax.plot(x[shared], y[shared], "o", color=BLUE, markersize=6)[0]
         hollow.set(markerfacecolor="white", zorder=3)  # above the errorbar's points
@@ -62,7 +64,6 @@ def accuracy_vs_cost(
     if len(points):  # room for the labels, and at least two ticks
         ax.set_xlim(x.min() / 2, x.max() * 2)
     ax.margins(y=0.15)
-    note = "; hollow: at most, beside other work" if cost == "train_seconds" else ""
     ax.set_xlabel(f"{COSTS[cost]} (log scale{note})")
     if cost == "train_seconds":
         ax.xaxis.set_major_locator(FixedLocator([n * unit for _, unit in UNITS for n in STEPS]))

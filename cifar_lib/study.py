@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from papermill.exceptions import PapermillExecutionError
@@ -127,7 +128,11 @@ def study(
 
 def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     """What an engine trains: the missing runs of what is not up to date, or all if forced."""
-    to_run = [e for e in experiments if e.runs and (force or not is_up_to_date(e, input_key(e)))]
+    to_run = []
+    for experiment in experiments:
+        with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
+            if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
+                to_run.append(experiment)
     tasks = tasks_of(to_run)
     os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
     return tasks if force else missing(tasks)

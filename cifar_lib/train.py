@@ -255,7 +255,7 @@ def _compile(state: TrainState, execution: Execution) -> float:
     """Compiles the model and runs it once, untimed by the loop; leaves the weights as they were."""
     began = time.perf_counter()
     config, side = state.config, state.data.images.shape[-1]
-    share = min(config.batch_size, len(state.data)) // distributed.size()
+    share = state.batches(0)[1] // distributed.size()
     size = config.micro_batch_size or share
     mode = None
     if execution.device.type == "cuda":

@@ -86,7 +86,7 @@ DEFAULTS = {
         ({"batch_size": 100, "micro_batch_size": 33}, ["micro_batch_size 33", "batch_size 100"]),
         ({"warmup_epochs": 11.0}, ["warmup_epochs 11", "epochs 10"]),
         ({"milestones": [5, 3]}, ["milestones", "[5, 3]"]),
-        ({"early_stopping": 3, "val_fraction": 0}, ["early_stopping", "val_fraction"]),
+        ({"early_stopping": 3, "val_fraction": 0}, ["early_stopping 3", "val_fraction"]),
         ({"optimizer": "muon", "backbone_rate": 0.5}, ["backbone_rate 0.5", "muon"]),
         ({"optimizer": "muon", "nesterov": False}, ["nesterov", "muon"]),
         ({"optimizer": "muon", "decay_norm_and_bias": False}, ["decay_norm_and_bias", "muon"]),

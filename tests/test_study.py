@@ -139,7 +139,11 @@ def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
     assert (checkout / "reports/quick/toy/one/summary.json").is_file()
 
 
-def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch):
+@pytest.mark.parametrize("jobs", [None, 2])
+def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch, jobs):
+    # As of experiments that train, so that an engine asks for their keys beforehand.
+    monkeypatch.setattr(study_experiments.Experiment, "runs", [("toy", None, 0)])
+    monkeypatch.setattr(study, "tasks_of", lambda experiments: [])
     real = study.input_key
 
     def input_key(experiment):
@@ -148,7 +152,7 @@ def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch
         return real(experiment)
 
     monkeypatch.setattr(study, "input_key", input_key)
-    failed, said = run_study()
+    failed, said = run_study(jobs=jobs)
     assert failed == ["toy/one"] and "toy/two: done in" in said
     assert "failed: toy/one: CIFAR-10 was not found in /nowhere" in said
 

@@ -76,6 +76,11 @@ class Published:
     rename: Callable[[str], str] = str
 
 
+def is_named_by(path: Path, sha256: str) -> bool:
+    """Whether a published file's name ends in the start of this SHA-256, as it should."""
+    return sha256.startswith(path.stem.rpartition("-")[2])
+
+
 def _find_resnet18() -> Path:
     from torchvision.models import ResNet18_Weights
 
@@ -90,8 +95,7 @@ def _find_resnet18() -> Path:
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():  # else another process was quicker
                     fetch(url, part, limit_s=None)
-                    content = hashlib.sha256(part.read_bytes()).hexdigest()
-                    if not content.startswith(path.stem.rpartition("-")[2]):
+                    if not is_named_by(path, hashlib.sha256(part.read_bytes()).hexdigest()):
                         part.unlink()  # wrong bytes must not be gone on from
                         raise DownloadError("damaged on the way: its SHA-256 is another")
                     os.replace(part, path)

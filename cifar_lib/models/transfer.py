@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.models.imagenet import PUBLISHED
+from cifar_lib.models.imagenet import PUBLISHED, is_named_by
 
 
 def find_weights(config: TrainConfig) -> Path | None:
@@ -89,7 +89,7 @@ def load_pretrained(model: nn.Module, config: TrainConfig) -> dict[str, str] | N
     if path is None:
         return None
     content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if config.weights == "imagenet" and not content.startswith(path.stem.rpartition("-")[2]):
+    if config.weights == "imagenet" and not is_named_by(path, content):
         raise ValueError(f"weights: {path}: damaged, its SHA-256 is {content}; remove it")
     rename = PUBLISHED[config.model].rename if config.model in PUBLISHED else str
     head = last_layer(model)[0] + "."
