@@ -5,6 +5,7 @@ Each equals the plain way by test, in values and in gradients. Measured gains st
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST_AREA = 16  # pixels of the output map; above it the library's own weight gradient wins
-TILE = 3  # taps a side of the largest depthwise kernel whose weight gradient is fast
+COLUMNS = 3  # taps: the width of the widest depthwise kernel whose weight gradient is fast
 
 
 def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -108,12 +109,12 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
 
     In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
-    above 3 × 3: both passes together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
+    wider than 3: both passes together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
-        easy = self.stride == (1, 1) and max(self.kernel_size) <= TILE
+        easy = self.stride == (1, 1) and self.kernel_size[1] <= COLUMNS
         plain = self.bias is not None or not self._padding_within_kernel()
         if easy or plain or _takes_plain_way(self):
             return super().forward(x)
@@ -195,27 +196,38 @@ def depthwise_input_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> Tensor:
-    """Computes a depthwise convolution's input gradient as a forward pass of stride 1.
+    """Computes a depthwise convolution's input gradient by forward passes of stride 1.
 
-    The gradient is spread out by the stride, zeros between, and correlated with the turned kernel.
+    Of the kernel, turned by half, every stride-th tap reaches every stride-th input pixel: one
+    small pass for each place a pixel can have between two steps.
 
     Args:
         gradient: of the output (N, c, H', W'), channels_last.
         weight: (c, 1, kh, kw).
         size: height and width of the input.
         stride: in pixels, vertical and horizontal.
-        padding: zeros on each side, pixels, vertical and horizontal.
+        padding: zeros on each side, less than the kernel, pixels, vertical and horizontal.
 
     Returns:
         (N, c, *size), channels_last, of the dtype of `gradient`.
     """
-    (n, c, h_out, w_out), (kh, kw) = gradient.shape, weight.shape[2:]
-    spread = gradient.new_zeros(n, size[0] + kh - 1, size[1] + kw - 1, c).permute(0, 3, 1, 2)
-    top, left = kh - 1 - padding[0], kw - 1 - padding[1]
-    rows = slice(top, top + (h_out - 1) * stride[0] + 1, stride[0])
-    columns = slice(left, left + (w_out - 1) * stride[1] + 1, stride[1])
-    spread[:, :, rows, columns] = gradient
-    return F.conv2d(spread, weight.flip(2, 3), groups=c)
+    n, c = gradient.shape[:2]
+    result = gradient.new_zeros(n, *size, c).permute(0, 3, 1, 2)
+    for place in product(*map(range, stride)):
+        taps = weight[:, :, place[0] :: stride[0], place[1] :: stride[1]].flip(2, 3)
+        if not taps.numel():
+            continue
+        full = (taps.shape[2] - 1, taps.shape[3] - 1)
+        part = F.conv2d(gradient, taps, padding=full, groups=c)
+        # part[i] belongs to input pixel i * stride + place - padding
+        skip = [max(0, -(-(p - at) // s)) for p, at, s in zip(padding, place, stride, strict=True)]
+        top, left = (
+            i * s + at - p for i, s, at, p in zip(skip, stride, place, padding, strict=True)
+        )
+        target = result[:, :, top :: stride[0], left :: stride[1]]
+        part = part[:, :, skip[0] :, skip[1] :][:, :, : target.shape[2], : target.shape[3]]
+        target[:, :, : part.shape[2], : part.shape[3]] = part
+    return result
 
 
 def depthwise_weight_gradient(
@@ -225,7 +237,7 @@ def depthwise_weight_gradient(
     stride: tuple[int, int],
     padding: tuple[int, int],
 ) -> Tensor:
-    """Computes a depthwise convolution's weight gradient in tiles of at most 3 × 3 taps.
+    """Computes a depthwise convolution's weight gradient in strips of at most 3 columns of taps.
 
     Args:
         x: the input (N, c, H, W), channels_last.
@@ -237,22 +249,24 @@ def depthwise_weight_gradient(
     Returns:
         (c, 1, *kernel), of the dtype of `x`.
     """
-    c, (kh, kw), (h_out, w_out) = x.shape[1], kernel, gradient.shape[2:]
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    result = x.new_empty(c, 1, kh, kw)
-    for top in range(0, kh, TILE):
-        for left in range(0, kw, TILE):
-            tile = result[:, :, top : top + TILE, left : left + TILE]
-            seen = padded[
-                :, :,
-                top : top + (h_out - 1) * stride[0] + tile.shape[2],
-                left : left + (w_out - 1) * stride[1] + tile.shape[3],
-            ]  # fmt: skip
-            tile.copy_(
-                torch.ops.aten.convolution_backward(
-                    gradient, seen.contiguous(memory_format=torch.channels_last),
-                    x.new_empty(tile.shape), None, stride, (0, 0), (1, 1), False, (0, 0), c,
-                    (False, True, False),
-                )[1]
-            )  # fmt: skip
-    return result
+    (n, c, h, w), (kh, kw), w_out = x.shape, kernel, gradient.shape[3]
+
+    def strip(seen: Tensor, width: int, padding: tuple[int, int]) -> Tensor:
+        return torch.ops.aten.convolution_backward(
+            gradient, seen, x.new_empty(c, 1, kh, width), None, stride, padding, (1, 1), False,
+            (0, 0), c, (False, True, False),
+        )[1]  # fmt: skip
+
+    if kw <= COLUMNS:
+        return strip(x, kw, padding)
+    strips = []
+    for left in range(0, kw, COLUMNS):
+        width = min(COLUMNS, kw - left)
+        start = left - padding[1]
+        end = start + (w_out - 1) * stride[1] + width
+        low, high = max(start, 0), min(end, w)
+        # Rows are padded here too: given as padding they make oneDNN slow on the smallest maps.
+        seen = x.new_zeros(n, h + 2 * padding[0], end - start, c).permute(0, 3, 1, 2)
+        seen[:, :, padding[0] : padding[0] + h, low - start : high - start] = x[:, :, :, low:high]
+        strips.append(strip(seen, width, (0, 0)))
+    return torch.cat(strips, 3)
