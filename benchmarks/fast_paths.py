@@ -16,6 +16,7 @@ from torch import nn
 from cifar_lib import fast
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import choose_execution
+from cifar_lib.launch import restart_with_allocator
 from cifar_lib.models.vgg import vgg16
 
 # Images, side of the input, channels in and out, kernel, stride, groups: as in VGG16, ResNet-18 and
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_allocator()
     main()

@@ -7,17 +7,14 @@ steps and then times some more; the rungs take turns, round after round. The ima
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from loop import conventional, noise, pil_loader
-from timing import ceilings, seconds, spread, write
+from timing import ceilings, in_a_process, seconds, spread, write
 from torchvision import transforms
 
 from cifar_lib import fast
@@ -89,16 +86,6 @@ def climb(rung: dict[str, Any]) -> float:
     return len(splits.train) / taken
 
 
-def in_a_process(name: str) -> float:
-    """Images a second of one rung, in a process of its own."""
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    if RUNGS[name].get("allocator"):
-        variables |= allocator_settings(variables)
-    words = [sys.executable, __file__, "--climb", name]
-    said = subprocess.run(words, env=variables, check=True, stdout=subprocess.PIPE, text=True)
-    return float(said.stdout.split()[-1])
-
-
 def main() -> None:
     """Climbs the ladder some times, prints a table and writes what was measured."""
     parser = argparse.ArgumentParser(description="Times each step of stage two.")
@@ -113,7 +100,8 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in options.only}
     for _ in range(options.repeats):
         for name in rates:
-            rates[name].append(in_a_process(name))
+            settings = allocator_settings({}) if RUNGS[name].get("allocator") else {}
+            rates[name] += in_a_process(__file__, "--climb", name, variables=settings)
     results: list[dict[str, Any]] = []
     before = 0.0
     for name, values in rates.items():

@@ -2,9 +2,10 @@
 
 Bare: the same network and precision, one batch that is ready on the device, over and over.
 Ours: `train`'s epoch, with gathering, augmentation, schedule and bookkeeping. Conventional:
-torchvision's transforms of PIL images, a `DataLoader` with two workers, fp32, contiguous. All three
-take turns in one run, beside the machine's own ceilings; peak memory is that of the whole process
-(on CUDA: of the device). The images are noise.
+torchvision's transforms of PIL images, a `DataLoader` with two workers, fp32, contiguous. Each
+measurement is a process of its own, the first two with the allocator settings of our commands, the
+third without, as it is usually started; all take turns, beside the machine's own ceilings. Peak
+memory is that of the process (on CUDA: of the device). The images are noise.
 
     python benchmarks/loop.py [--out FILE.json] [--models small_cnn resnet18] [--repeats 5]
 """
@@ -13,19 +14,21 @@ import argparse
 import resource
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from augment import CROP_FLIP, TENSOR, Images
-from timing import ceilings, spread, take_turns, write
+from timing import ceilings, in_a_process, seconds, spread, write
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import DataInfo, ImageSet, Splits
 from cifar_lib.execution import Execution, choose_execution
+from cifar_lib.launch import allocator_settings
 from cifar_lib.models import build_model, flops_per_image
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
@@ -82,27 +85,44 @@ def pil_loader(splits: Splits, batch_size: int, *then: Any) -> DataLoader[Any]:
     )
 
 
-def measure(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[str, Any]:
-    """Images a second of the three loops, all repeats, and what follows from the medians."""
+def measure(model: str, loop: str, steps: int) -> tuple[float, int]:
+    """Images a second of one loop's epoch, after one that warms up, and peak memory in bytes."""
     splits = noise(steps * BATCH)
-    fast = TrainConfig(model=model, batch_size=BATCH, val_fraction=0.0)
-    execution = choose_execution(fast)
-    state = TrainState.start(fast, 0, splits, execution)
-    usual = build_model(fast, 10).to(execution.device)
-    optimizer = torch.optim.SGD([p for p in usual.parameters() if p.requires_grad], 0.1, 0.9)
-    loader = pil_loader(splits, BATCH)
-    loops: dict[str, Callable[[], object]] = {
-        "bare": lambda: bare(state, execution),
-        "ours": lambda: train_epoch(state, execution),
-        "conventional": lambda: conventional(loader, usual, optimizer, execution.device),
-    }
-    times = take_turns(loops, execution, repeats)
-    rates = {name: [len(splits.train) / t for t in values] for name, values in times.items()}
-    median = {name: statistics.median(values) for name, values in rates.items()}
+    config = TrainConfig(model=model, batch_size=BATCH, val_fraction=0.0)
+    execution = choose_execution(config)
+    work: Callable[[], object]
+    if loop == "conventional":
+        usual = build_model(config, 10).to(execution.device)
+        optimizer = torch.optim.SGD([p for p in usual.parameters() if p.requires_grad], 0.1, 0.9)
+        loader = pil_loader(splits, BATCH)
+        work = partial(conventional, loader, usual, optimizer, execution.device)
+    else:
+        state = TrainState.start(config, 0, splits, execution)
+        epoch: Callable[..., object] = bare if loop == "bare" else train_epoch
+        work = partial(epoch, state, execution)
+    work()
+    rate = len(splits.train) / seconds(work, execution)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if execution.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    tflops = {name: 3 * flops_per_image(usual) * rate / 1e12 for name, rate in median.items()}
+    return rate, peak
+
+
+def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[str, Any]:
+    """Images a second of the three loops, all repeats, and what follows from the medians."""
+    settings = allocator_settings({})
+    loops = {"bare": settings, "ours": settings, "conventional": {}}
+    rates: dict[str, list[float]] = {loop: [] for loop in loops}
+    peaks = dict.fromkeys(loops, 0.0)
+    for _ in range(repeats):
+        for loop, variables in loops.items():
+            words = (__file__, "--steps", str(steps), "--measure", model, loop)
+            rate, peak = in_a_process(*words, variables=variables)
+            rates[loop].append(rate)
+            peaks[loop] = max(peaks[loop], peak / 2**30)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    flops = flops_per_image(build_model(TrainConfig(model=model), 10))
+    tflops = {name: 3 * flops * rate / 1e12 for name, rate in median.items()}
     return {
         "model": model,
         "images_per_second": rates,
@@ -111,7 +131,7 @@ def measure(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[st
         "share_of_bf16_ceiling": {name: value / bf16_tflops for name, value in tflops.items()},
         "loop_overhead": median["bare"] / median["ours"] - 1,
         "speedup": median["ours"] / median["conventional"],
-        "peak_memory_gib": peak / 2**30,
+        "peak_memory_gib": peaks,
     }
 
 
@@ -123,13 +143,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure:
+        model, loop = options.measure
+        print(*measure(model, loop, options.steps))
+        return
     limits = ceilings()
     print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in limits.items()))
     print(f"{'images/s, median (min to max)':32}{'bare':>27}{'ours':>27}{'conventional':>27}")
     results = []
     for model in options.models:
-        result = measure(model, options.steps, options.repeats, limits["bf16_tflops"])
+        result = compare(model, options.steps, options.repeats, limits["bf16_tflops"])
         results.append(result)
         cells = [spread(r) for r in result["images_per_second"].values()]
         print(f"{model:32}" + "".join(f"{cell:>27}" for cell in cells), flush=True)
@@ -137,7 +162,7 @@ def main() -> None:
             f"{'':32}loop overhead {result['loop_overhead']:.1%}, {result['speedup']:.1f} times "
             f"the conventional loop, {result['share_of_bf16_ceiling']['ours']:.0%} of the bf16 "
             f"ceiling, {result['seconds_per_epoch']['ours']:.0f} s an epoch of 50,000, "
-            f"peak memory {result['peak_memory_gib']:.1f} GiB"
+            f"peak memory {result['peak_memory_gib']['ours']:.1f} GiB"
         )
     write(options.out, ceilings=limits, batch_size=BATCH, results=results)
 

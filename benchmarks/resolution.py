@@ -18,6 +18,7 @@ from timing import seconds, write
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import OtherLoad, choose_execution
+from cifar_lib.launch import restart_with_allocator
 from cifar_lib.models import flops_per_image
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
@@ -76,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_allocator()
     main()

@@ -19,6 +19,7 @@ from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 from cifar_lib.data import load_splits
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import choose_execution
+from cifar_lib.launch import restart_with_allocator
 from cifar_lib.train import train
 
 RECIPES = ("params/02_speed/speed-94.yaml", "params/04_final/speed-96.yaml")
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_allocator()
     main()

@@ -1,7 +1,10 @@
-"""What the benchmarks share: a clock that waits for the device, medians, ceilings, the record."""
+"""What the benchmarks share: a clock, processes of their own, medians, ceilings, the record."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +42,20 @@ def take_turns(
             if repeat:
                 times[name].append(taken)
     return times
+
+
+def in_a_process(script: str, *words: str, variables: Mapping[str, str]) -> list[float]:
+    """The numbers that a script prints last, in a fresh process with this allocator and no other.
+
+    Args:
+        script: its file.
+        words: what follows it on the command line.
+        variables: of the environment, as `launch.allocator_settings` gives them; empty for none.
+    """
+    clean = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "LD_PRELOAD"}
+    command = [sys.executable, script, *words]
+    said = subprocess.run(command, env={**clean, **variables}, check=True, stdout=subprocess.PIPE)
+    return [float(word) for word in said.stdout.splitlines()[-1].split()]
 
 
 def ceilings(repeats: int = 5) -> dict[str, float]:

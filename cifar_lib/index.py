@@ -20,6 +20,10 @@ MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
+NOTES = (
+    "† run by an earlier state of the training code, `git_commit` in its summary.",
+    "‡ the machine also ran other work: a bound, not a measured time.",
+)
 
 
 def percent(value: float | None) -> str:
@@ -59,21 +63,12 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         "| hours a seed | machine |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    notes: set[str] = set()
     for summary in summaries:
         row = row_of(summary)
         if not row["n"]:
             continue
-        mark = ""
-        if row["code_sha256"] != code_sha256:
-            mark += " †"
-            notes.add(
-                "† run by an earlier state of the training code, `git_commit` in its summary."
-            )
-        shared = ""
-        if _shared_machine(row):
-            shared = " ‡"
-            notes.add("‡ the machine also ran other work: a bound, not a measured time.")
+        mark = " †" if row["code_sha256"] != code_sha256 else ""
+        shared = " ‡" if _shared_machine(row) else ""
         reported = MISSING
         if row["reported_accuracy"] is not None:
             reported = f"{percent(row['reported_accuracy'])}, {row['reported_by']}"
@@ -100,7 +95,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         "once, after training, with the weights that validation chose or, without validation "
         "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
         "source study states, on the data it states.",
-        *(line for note in sorted(notes) for line in ("", note)),
+        *(line for note in NOTES if note[0] in "".join(lines) for line in ("", note)),
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """The allocator's settings: read when an interpreter starts, so set before it does.
 
 PyTorch asks for the same large blocks every step. As it stands glibc gives them back to the kernel
-and asks anew, and clearing fresh pages then costs time (the rung `allocator` of
-`benchmarks/ladder.py` says how much). Kept blocks cost nothing but memory that was needed anyway.
+and asks anew, and clearing fresh pages then costs time: `benchmarks/allocator.py` says how much.
+Kept blocks cost little but memory that was needed anyway.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 GLIBC = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # blocks above it come from the kernel, each anew
+    "MALLOC_MMAP_MAX_": "0",  # no block, however large, comes straight from the kernel, each anew
     "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),  # free memory to keep at the top of the heap
     "MALLOC_TOP_PAD_": str(256 * 2**20),  # memory to ask for at once
 }
@@ -36,19 +36,13 @@ def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def restart_with_allocator() -> None:
-    """Starts `python -m cifar_lib` again, in the same process, with the allocator's settings.
+    """Starts this command again, in the same process, with the allocator's settings.
 
     Does nothing where there are none to make; the second start finds them made.
     """
-    settings = allocator_settings(os.environ)
-    if settings:
-        command = [sys.executable, *_interpreter_options(), "-m", "cifar_lib", *sys.argv[1:]]
+    if settings := allocator_settings(os.environ):
+        command = [sys.executable, *sys.orig_argv[1:]]  # with `-W error` and the like
         os.execve(sys.executable, command, {**os.environ, **settings})  # noqa: S606
-
-
-def _interpreter_options() -> list[str]:
-    """What stood between `python` and `-m`, for instance `-W error`."""
-    return sys.orig_argv[1 : sys.orig_argv.index("-m")] if "-m" in sys.orig_argv else []
 
 
 def write_kernel_specification(prefix: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Charts of stage two: the ladder of its steps, and accuracy against seconds.
+"""Charts of stage two: the ladder of its steps, where a step's time goes, accuracy against seconds.
 
 A DataFrame in, a matplotlib Figure (a `Chart`) out.
 """
@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
 TICKS = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000]
+LEAST_TOLD = 0.04  # a smaller share has no room for its number
 PACES = {"ours": BLUE, "conventional": ORANGE}
 
 
@@ -46,6 +47,26 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     ax.grid(axis="y", visible=False)
     caption(figure, caption_text)
     return figure
+
+
+def shares(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
+    """Draws where a training step's time goes, a bar a network.
+
+    Args:
+        frame: a row a network (the index is its name), a column a kind of operator; seconds.
+        caption_text: see `caption`.
+    """
+    figure, (ax,) = new_figure(0.4 * len(frame) + 1.3)
+    parts = frame.div(frame.sum(axis=1), axis=0)
+    parts.plot.barh(stacked=True, ax=ax, width=0.6, colormap="Set2", legend=False)
+    for kind, bars in zip(parts, ax.containers, strict=True):
+        told = [f"{100 * part:.0f}" if part >= LEAST_TOLD else "" for part in parts[kind]]
+        ax.bar_label(bars, told, label_type="center", fontsize=8)  # type: ignore[arg-type]
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="share of a training step", ylabel="")
+    ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.legend(fontsize=9, frameon=False, ncols=4, loc="outside upper center")
+    return caption(figure, caption_text)
 
 
 def accuracy_against_seconds(

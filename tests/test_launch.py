@@ -46,6 +46,23 @@ def test_a_command_starts_again_with_them_and_only_once(tmp_path):
     assert (first[1], second[1]) == ("None", launch.GLIBC["MALLOC_TOP_PAD_"])
 
 
+@pytest.mark.skipif(launch.platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_large_block_is_kept_for_the_next_step():
+    program = (
+        "import resource, torch\n"
+        "for _ in range(12):\n"  # glibc places the first ones side by side
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(16 * 2**20)\n"  # 64 MiB
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" and "MALLOC" not in k}
+    settings = launch.allocator_settings(clean)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=clean | settings, stdout=subprocess.PIPE, check=True
+    )
+    assert int(done.stdout) < 1000  # page faults; 16,384 where the block is new
+
+
 def test_the_kernel_gets_them(glibc, tmp_path):
     path = tmp_path / "share/jupyter/kernels/python3/kernel.json"
     with pytest.raises(ValueError, match="install ipykernel"):

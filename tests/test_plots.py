@@ -372,6 +372,15 @@ def test_a_ladder_shows_gain_and_loss_and_says_why() -> None:
     assert len(colors) == 2
 
 
+def test_shares_fill_each_bar_and_name_the_large_ones() -> None:
+    frame = pd.DataFrame({"convolutions": [6.0, 1.0], "all else": [2.0, 0.01]}, index=["a", "b"])
+    (ax,) = plots_speed.shares(frame, caption_text="c").axes
+    ends = [[bar.get_x() + bar.get_width() for bar in bars] for bars in ax.containers]
+    assert ends[-1] == pytest.approx([1, 1])
+    assert [text.get_text() for text in ax.texts] == ["75", "99", "25", ""]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
 @pytest.mark.parametrize("slowdown", [None, 3.0])
 def test_accuracy_against_seconds_adds_the_usual_pace_where_it_is_known(slowdown) -> None:
     metrics = pd.DataFrame(
