@@ -109,7 +109,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
 
     In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
-    wider than 3: both passes together take 2 to 20 times as long (`benchmarks/fast_paths.py`).
+    wider than 3: both passes together take 3 to 32 times as long (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
