@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loop import noise
-from timing import in_a_process, seconds, spread, write
+from timing import in_a_process, rate, spread, write
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import choose_execution
@@ -45,8 +45,7 @@ def measure(model: str, size: int, batch: int, steps: int) -> float:
     config = TrainConfig(model=model, image_size=size, batch_size=batch, val_fraction=0.0)
     execution = choose_execution(config)
     state = TrainState.start(config, 0, noise(steps * batch), execution)
-    train_epoch(state, execution)
-    return steps * batch / seconds(lambda: train_epoch(state, execution), execution)
+    return rate(lambda: train_epoch(state, execution), steps * batch, execution)
 
 
 def main() -> None:

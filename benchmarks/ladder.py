@@ -8,13 +8,14 @@ steps and then times some more; the rungs take turns, round after round. The ima
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from loop import conventional, noise, pil_loader
-from timing import ceilings, in_a_process, seconds, spread, write
+from timing import ceilings, in_a_process, rate, spread, write
 from torchvision import transforms
 
 from cifar_lib import fast
@@ -71,8 +72,7 @@ def climb(rung: dict[str, Any]) -> float:
         config = TrainConfig(batch_size=BATCH, flip="alternating", translate=2, **rung["config"])
         execution = choose_execution(config)
         state = TrainState.start(config, 0, splits, execution)
-        train_epoch(state, execution)
-        return len(splits.train) / seconds(lambda: train_epoch(state, execution), execution)
+        return rate(lambda: train_epoch(state, execution), len(splits.train), execution)
     then = [transforms.Resize(rung["side"])] if rung["side"] == 224 else []
     if rung["side"]:
         model = torchvision.models.resnet18(num_classes=10)
@@ -81,9 +81,8 @@ def climb(rung: dict[str, Any]) -> float:
     model = model.to(execution.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     loader = pil_loader(splits, USUAL_BATCH, *then)
-    conventional(loader, model, optimizer, execution.device)
-    taken = seconds(lambda: conventional(loader, model, optimizer, execution.device), execution)
-    return len(splits.train) / taken
+    work = partial(conventional, loader, model, optimizer, execution.device)
+    return rate(work, len(splits.train), execution)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from augment import CROP_FLIP, TENSOR, Images
-from timing import ceilings, in_a_process, seconds, spread, write
+from timing import ceilings, in_a_process, rate, spread, write
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -100,12 +100,11 @@ def measure(model: str, loop: str, steps: int) -> tuple[float, int]:
         state = TrainState.start(config, 0, splits, execution)
         epoch: Callable[..., object] = bare if loop == "bare" else train_epoch
         work = partial(epoch, state, execution)
-    work()
-    rate = len(splits.train) / seconds(work, execution)
+    reached = rate(work, len(splits.train), execution)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if execution.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return rate, peak
+    return reached, peak
 
 
 def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[str, Any]:
@@ -117,16 +116,16 @@ def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[st
     for _ in range(repeats):
         for loop, variables in loops.items():
             words = (__file__, "--steps", str(steps), "--measure", model, loop)
-            rate, peak = in_a_process(*words, variables=variables)
-            rates[loop].append(rate)
+            reached, peak = in_a_process(*words, variables=variables)
+            rates[loop].append(reached)
             peaks[loop] = max(peaks[loop], peak / 2**30)
     median = {name: statistics.median(values) for name, values in rates.items()}
     flops = flops_per_image(build_model(TrainConfig(model=model), 10))
-    tflops = {name: 3 * flops * rate / 1e12 for name, rate in median.items()}
+    tflops = {name: 3 * flops * value / 1e12 for name, value in median.items()}
     return {
         "model": model,
         "images_per_second": rates,
-        "seconds_per_epoch": {name: EPOCH / rate for name, rate in median.items()},
+        "seconds_per_epoch": {name: EPOCH / value for name, value in median.items()},
         "tflops": tflops,
         "share_of_bf16_ceiling": {name: value / bf16_tflops for name, value in tflops.items()},
         "loop_overhead": median["bare"] / median["ours"] - 1,

@@ -44,6 +44,12 @@ def take_turns(
     return times
 
 
+def rate(work: Callable[[], object], images: int, execution: Execution) -> float:
+    """Images a second of some work on so many, after an untimed round."""
+    work()
+    return images / seconds(work, execution)
+
+
 def in_a_process(script: str, *words: str, variables: Mapping[str, str]) -> list[float]:
     """The numbers that a script prints last, in a fresh process with this allocator and no other.
 
