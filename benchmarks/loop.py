@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from augment import CROP_FLIP, TENSOR, Images
-from timing import ceilings, in_a_process, rate, spread, write
+from timing import ceilings, flops_of_step, in_a_process, rate, spread, write
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -29,7 +29,7 @@ from cifar_lib.config import TrainConfig
 from cifar_lib.data import DataInfo, ImageSet, Splits
 from cifar_lib.execution import Execution, choose_execution
 from cifar_lib.launch import allocator_settings
-from cifar_lib.models import build_model, flops_per_image
+from cifar_lib.models import build_model
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
 
@@ -120,8 +120,8 @@ def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[st
             rates[loop].append(reached)
             peaks[loop] = max(peaks[loop], peak / 2**30)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    flops = flops_per_image(build_model(TrainConfig(model=model), 10))
-    tflops = {name: 3 * flops * value / 1e12 for name, value in median.items()}
+    flops = flops_of_step(TrainConfig(model=model, batch_size=BATCH)) / BATCH
+    tflops = {name: flops * value / 1e12 for name, value in median.items()}
     return {
         "model": model,
         "images_per_second": rates,

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loop import noise
-from timing import ceilings, seconds, take_turns, write
+from timing import ceilings, flops_of_step, seconds, take_turns, write
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import Execution, OtherLoad, choose_execution
 from cifar_lib.launch import restart_with_allocator
-from cifar_lib.models import flops_per_image
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
 
@@ -72,8 +71,7 @@ def shares(model: str, size: int, batch: int, repeats: int) -> dict[str, Any]:
             train_epoch(state, execution)
     kinds = clocks[0].seconds
     times = {kind: [clock.seconds[kind] for clock in clocks[2:]] for kind in kinds}  # two warm up
-    flops = 3 * batch * flops_per_image(state.model)  # forward, and two gradients
-    tflops = flops / statistics.median(times["convolutions"]) / 1e12
+    tflops = flops_of_step(config) / statistics.median(times["convolutions"]) / 1e12
     case = {"model": model, "image_size": size, "batch_size": batch}
     return case | {"seconds": times, "tflops_of_convolutions": tflops}
 

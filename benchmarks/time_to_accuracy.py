@@ -57,19 +57,20 @@ def main() -> None:
     for path in options.recipes:
         result = measure(path, options.seeds)
         results.append(result)
-        reached = mean_interval(result["test_accuracy_tta"])
+        with_tta = None not in result["test_accuracy_tta"]
+        reached = mean_interval(result["test_accuracy_tta" if with_tta else "test_accuracy"])
         interval = ""
         if reached.low is not None and reached.high is not None:
             interval = f" [{100 * reached.low:.2f}, {100 * reached.high:.2f}]"
         both = zip(result["train_seconds"], result["evaluation_seconds"], strict=True)
         print(
-            f"{result['recipe']}: {100 * reached.mean:.2f} %{interval} test accuracy with "
-            f"test-time augmentation, n = {reached.n}, median "
+            f"{result['recipe']}: {100 * reached.mean:.2f} %{interval} test accuracy, "
+            f"{'with' if with_tta else 'no'} test-time augmentation, n = {reached.n}, median "
             f"{statistics.median(map(sum, both)):.1f} s "
             f"({result['dataset']}{', JPEG copy' if result['lossy'] else ''})",
             flush=True,
         )
-    write(options.out, results=results)
+        write(options.out, results=results)  # after each: what was measured is not lost
 
 
 if __name__ == "__main__":

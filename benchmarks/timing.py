@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import Execution, choose_execution, describe_environment, describe_hardware
+from cifar_lib.models import STORED_SIZE, build_model
 
 
 def seconds(work: Callable[[], object], execution: Execution) -> float:
@@ -62,6 +64,25 @@ def in_a_process(script: str, *words: str, variables: Mapping[str, str]) -> list
     command = [sys.executable, script, *words]
     said = subprocess.run(command, env={**clean, **variables}, check=True, stdout=subprocess.PIPE)
     return [float(word) for word in said.stdout.splitlines()[-1].split()]
+
+
+def flops_of_step(config: TrainConfig) -> int:
+    """Floating-point operations of a training step: forward, and the gradients that it needs.
+
+    A layer's three products are as large as one another; the first trained one needs no gradient
+    of its input, a frozen one before it none at all. (FlopCounterMode counts the gradients of
+    depthwise convolutions as if they were dense ones.)
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(config, 10).train()
+        model(torch.empty(config.batch_size, 3, STORED_SIZE, STORED_SIZE))
+    counts, total, trained_before = counter.get_flop_counts(), 0, False
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            forward = sum(counts[f"{type(model).__name__}.{name}"].values())
+            total += forward * (1 + layer.weight.requires_grad + trained_before)
+            trained_before |= layer.weight.requires_grad
+    return total
 
 
 def ceilings(repeats: int = 5) -> dict[str, float]:

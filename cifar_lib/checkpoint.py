@@ -1,13 +1,16 @@
-"""The whole training state to disk and back, atomically and with a checksum."""
+"""The whole training state to disk and back, atomically, with a checksum and behind a lock."""
 
 import hashlib
 import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from cifar_lib.files import shown, sync_folder, write_atomic
 
@@ -15,6 +18,22 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 DIGEST_BYTES = 32
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Keeps a run's folder from all other processes; makes it if it is not there.
+
+    Raises:
+        ValueError: another process trains that run.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(run_dir / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise ValueError(f"{run_dir}: another process is training this run") from None
+    with held:
+        yield
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:

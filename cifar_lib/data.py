@@ -40,7 +40,8 @@ class DataInfo:
     are not CIFAR-10's, so that its numbers never pass as CIFAR-10's. `source` is official,
     parquet, folder or embedded. `lossy`: a picture was stored as JPEG (a PNG made from a JPEG
     can not be told). `sha256`: 64 hexadecimal digits over pixels and labels, train then test,
-    in source order, whole and before any split; the same whatever the layout.
+    in source order, whole and before any split; alike for official and parquet, while image
+    folders are read class by class and so have another.
     """
 
     name: str

@@ -12,8 +12,9 @@ import nbformat
 import pandas as pd
 
 from cifar_lib.config import ROOT
-from cifar_lib.execution import OtherLoad, training_code_sha256
+from cifar_lib.execution import training_code_sha256
 from cifar_lib.files import write_atomic
+from cifar_lib.plots_compare import duration
 from cifar_lib.reports import read_summaries, row_of
 
 MISSING = "–"
@@ -21,7 +22,7 @@ ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
 NOTES = (
-    "† run by an earlier state of the training code, `git_commit` in its summary.",
+    "† the training code has changed since; `git_commit` in its summary is the state that ran.",
     "‡ the machine also ran other work: a bound, not a measured time.",
 )
 
@@ -29,15 +30,6 @@ NOTES = (
 def percent(value: float | None) -> str:
     """An accuracy 0..1 in percent with two decimals, or a dash."""
     return MISSING if value is None or pd.isna(value) else f"{100 * value:.2f} %"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit that reads best."""
-    if seconds is None or pd.isna(seconds):
-        return MISSING
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def accuracy_text(row: dict[str, Any]) -> str:
@@ -68,13 +60,12 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         if not row["n"]:
             continue
         mark = " †" if row["code_sha256"] != code_sha256 else ""
-        shared = " ‡" if _shared_machine(row) else ""
+        shared = " ‡" if row["shared_machine"] else ""
         reported = MISSING
         if row["reported_accuracy"] is not None:
-            reported = f"{percent(row['reported_accuracy'])}, {row['reported_by']}"
-            reported += f" ({row['reported_on']})"
+            said = f"{row['reported_by']} ({row['reported_on']})"
+            reported = f"{percent(row['reported_accuracy'])}, {said}"
         name = f"{row['notebook']} / {row['experiment']}"
-        hours = f"{row['train_seconds'] / 3600:.2f}{shared}"
         cells = [
             f"[{name}]({link}{summary['path']}/executed.ipynb){mark}",
             f"{row['model']}, {row['parameters'] / 1e6:.2f} M",
@@ -83,7 +74,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
             percent(row["test_accuracy_tta"]),
             percent(row["val_accuracy"]),
             reported,
-            hours,
+            f"{row['train_seconds'] / 3600:.2f}{shared}",
             row["machine"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -94,14 +85,11 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         "Test accuracy: mean over n seeds with the 95 % Student interval; the test set is read "
         "once, after training, with the weights that validation chose or, without validation "
         "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
-        "source study states, on the data it states.",
+        "source study states, on the data it states. Hours: the mean of the seeds that had the "
+        "machine to themselves, if any had.",
         *(line for note in NOTES if note[0] in "".join(lines) for line in ("", note)),
     ]
     return "\n".join(lines)
-
-
-def _shared_machine(row: dict[str, Any]) -> bool:
-    return row["other_load"] is not None and row["other_load"] > OtherLoad.NEGLIGIBLE
 
 
 def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
@@ -119,18 +107,14 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
         link = ""
         if "path" in summary:
             link = f" ([executed](../reports/full/{summary['path']}/executed.ipynb))"
+        said = summary["question"]
         if row["n"]:
-            time = f"{duration(row['train_seconds'])} a seed"
-            if _shared_machine(row):
-                longest = max(run["train_seconds"] for run in summary["runs"])
-                time = f"at most {duration(longest)} a seed"
-            lines.append(
-                f"- **{row['experiment']}**: test accuracy {accuracy_text(row)}, {row['data']}, "
-                f"{time}{link}"
-            )
-        else:
-            lines.append(f"- **{row['experiment']}**: {summary['question']}{link}")
-            lines += [f"  - {line}" for line in summary.get("answer", [])]
+            time = duration(row["train_seconds"])
+            if row["shared_machine"]:
+                time = f"at most {duration(max(run['train_seconds'] for run in summary['runs']))}"
+            said = f"test accuracy {accuracy_text(row)}, {row['data']}, {time} a seed"
+        lines.append(f"- **{row['experiment']}**: {said}{link}")
+        lines += [f"  - {line}" for line in summary.get("answer", [])]
     return "\n".join(lines) or "Not measured yet."
 
 

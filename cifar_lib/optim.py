@@ -13,7 +13,7 @@ from cifar_lib.models.transfer import last_layer
 from cifar_lib.optim_muon import Muon
 
 ONE_CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's div_factor
-ONE_CYCLE_END = 1 / 25e4  # … and its final_div_factor on top
+ONE_CYCLE_END = ONE_CYCLE_START / 1e4  # … and its final_div_factor
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -111,7 +111,7 @@ def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int],
     def one_cycle(step: int) -> float:
         low, high, share = ONE_CYCLE_START, 1.0, step / max(1, warmup)
         if step >= warmup:
-            low, high, share = 1.0, ONE_CYCLE_START * ONE_CYCLE_END, progress(step, warmup)
+            low, high, share = 1.0, ONE_CYCLE_END, progress(step, warmup)
         return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
 
     def linear(step: int, start: int) -> float:

@@ -108,7 +108,8 @@ def learning_curves(
             if reported is not None and f"{part}_{quantity}" in reported:
                 values = reported.set_index("epoch")[f"{part}_{quantity}"].dropna()
                 label = f"{part}, {reported_by}"
-                ax.plot(values.index, values, ":", color=color, linewidth=1.8, label=label)
+                dots = "." if len(values) <= 12 else ""  # the epochs that the source tells
+                ax.plot(values.index, values, ":" + dots, color=color, linewidth=1.8, label=label)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes[0].set_ylabel("cross-entropy loss (nats)")

@@ -84,7 +84,7 @@ def mistakes_grid(
     wrong = np.flatnonzero(predicted != truth)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
     rows = max(1, -(-len(wrong) // columns))
-    figure, axes = new_figure(rows * (WIDTH / columns + 0.4) + 0.15, rows, columns)
+    figure, axes = new_figure(rows * (WIDTH / columns + 0.6) + 0.25, rows, columns)
     pictures = to_pixels(images[wrong]) if len(wrong) else ()
     for position, ax in enumerate(axes):
         if position >= len(wrong):
@@ -92,8 +92,8 @@ def mistakes_grid(
             continue
         i = wrong[position]
         title = (
-            f"{class_names[truth[i]]}, called\n"
-            f"{class_names[predicted[i]]}, {100 * confidence[i]:.1f} %"
+            f"{class_names[truth[i]]}\ncalled {class_names[predicted[i]]}\n"
+            f"{100 * confidence[i]:.2f} %"
         )
         show(ax, pictures[position], title)
     if not len(wrong):

@@ -4,9 +4,17 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from cifar_lib.execution import OtherLoad
 from cifar_lib.files import write_atomic
-from cifar_lib.results import METRICS, SUMMARY, WEIGHTS, Run, load_run, save_config, save_summary
+from cifar_lib.results import (
+    METRICS,
+    SUMMARY,
+    WEIGHTS,
+    Run,
+    alone,
+    load_run,
+    save_config,
+    save_summary,
+)
 
 MAX_BYTES = 2_000_000
 CARD = "README.md"
@@ -55,7 +63,7 @@ def model_card(run: Run) -> str:
         f"test accuracy, test-time augmentation `{config.tta}`": tta,
         "validation accuracy": result["val_accuracy"],
     }
-    bound = "at most " if result.get("other_load", 0) > OtherLoad.NEGLIGIBLE else ""
+    bound = "" if alone(result) else "at most "
     chosen = f"the best epoch on {data['n_val']:,} validation images"
     if not data["n_val"]:
         chosen = "the last epoch, without validation"

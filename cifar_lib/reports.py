@@ -16,7 +16,7 @@ from cifar_lib.data import DataInfo
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import describe_environment, git_commit
 from cifar_lib.files import inside, write_atomic, write_json
-from cifar_lib.results import Run, metrics_frame
+from cifar_lib.results import Run, alone, metrics_frame
 
 SCHEMA = 1
 _NUMBERS = {
@@ -93,7 +93,8 @@ class Report:
         Returns:
             The summary as written.
         """
-        first = runs[0].summary if runs else {}
+        # The machine is that of the times: `row_of` takes them from the same seeds.
+        first = min(runs, key=lambda run: not alone(run.summary["result"])).summary if runs else {}
         codes = {run.summary["code_sha256"] for run in runs}
         summary = self.head | {
             "config": config.model_dump(mode="json") if config else None,
@@ -190,34 +191,14 @@ def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict
     return summaries
 
 
-def stage_tables(
-    reports_dir: str | Path, table: str, dataset_sha256: str, but: str
-) -> dict[str, pd.DataFrame]:
-    """Reads a table of each other stage's best report, the best by mean validation accuracy.
-
-    Args:
-        reports_dir: from the root of the checkout; may be missing.
-        table: the file's name without suffix; reports without it do not count.
-        dataset_sha256: of the data; reports of other data do not count.
-        but: the notebook that is left out.
-
-    Returns:
-        `notebook/experiment` → the table, in the order of the notebooks.
-    """
-    best: dict[str, tuple[float, str]] = {}
-    for summary in read_summaries(reports_dir):
-        notebook, path, val = summary["notebook"], summary["path"], summary["val_accuracy"]
-        same_data = (summary["dataset"] or {}).get("sha256") == dataset_sha256
-        has_table = (ROOT / reports_dir / path / f"{table}.csv").is_file()
-        if notebook != but and val and same_data and has_table:
-            best[notebook] = max(best.get(notebook, (0.0, "")), (val["mean"], path))
-    paths = [path for _, (_, path) in sorted(best.items())]
-    return {path: pd.read_csv(ROOT / reports_dir / path / f"{table}.csv") for path in paths}
-
-
 def row_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """One row of the comparison: accuracies in 0..1, times in seconds a seed (mean)."""
+    """One row of the comparison: accuracies in 0..1, times in seconds a seed (mean).
+
+    Time and load are those of the seeds that had the machine to themselves; if none had
+    (`shared_machine`), of all.
+    """
     runs, reported = summary["runs"], summary["reported"] or {}
+    timed = list(filter(alone, runs)) or runs
     dataset = summary["dataset"] or {}
     test = summary["test_accuracy"] or {}
     tta, val = summary["test_accuracy_tta"] or {}, summary["val_accuracy"] or {}
@@ -227,6 +208,7 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
         "preset": summary["preset"],
         "model": (summary["model"] or {}).get("name"),
         "parameters": (summary["model"] or {}).get("parameters"),
+        "weights": (summary["config"] or {}).get("weights"),
         "data": describe_dataset(dataset) if dataset else None,
         "n_train": dataset.get("n_train"),
         "n": test.get("n", 0),
@@ -235,8 +217,9 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
         "low": test.get("low"),
         "high": test.get("high"),
         "test_accuracy_tta": tta.get("mean"),
-        "train_seconds": _mean([run["train_seconds"] for run in runs]),
-        "other_load": max((run.get("other_load", 0.0) for run in runs), default=None),
+        "train_seconds": sum(run["train_seconds"] for run in timed) / len(timed) if timed else None,
+        "other_load": max((run.get("other_load", 0.0) for run in timed), default=None),
+        "shared_machine": not any(map(alone, runs)),
         "reported_accuracy": reported.get("accuracy"),
         "reported_by": reported.get("by"),
         "reported_on": reported.get("on"),
@@ -250,8 +233,7 @@ def comparison_frame(summaries: list[dict[str, Any]]) -> pd.DataFrame:
     if not any(summary["runs"] for summary in summaries):
         raise ValueError("no report here has trained anything; run the stages first: make study")
     frame = pd.DataFrame([row_of(summary) for summary in summaries if summary["runs"]])
-    numbers = [name for name in frame if name in _NUMBERS]  # None, where all are, is NaN here
-    return frame.astype(dict.fromkeys(numbers, float))
+    return frame.astype(dict.fromkeys(_NUMBERS, float))  # None, where all are, is NaN here
 
 
 def describe_dataset(dataset: dict[str, Any]) -> str:
@@ -270,10 +252,6 @@ def caption_of(info: DataInfo) -> str:
     if info.name == "digits":
         text += " A stand-in's numbers say nothing about CIFAR-10."
     return text
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _machine(hardware: dict[str, Any] | None) -> str | None:

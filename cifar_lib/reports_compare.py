@@ -1,6 +1,15 @@
-"""The comparison by system: what each source reports, beside what was measured here."""
+"""Reports side by side: what each source reports and what was measured, one stage and another."""
+
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from cifar_lib.config import ROOT
+from cifar_lib.reports import read_summaries
+
+MEASURES = {"validation": "val_accuracy", "TTA": "test_accuracy_tta"}
+"""What a source's `reported_on` names → the same of ours; else plain test accuracy."""
 
 COLUMNS = [
     "study",
@@ -19,6 +28,7 @@ COLUMNS = [
     "status",
 ]
 COUNTS = ["n", "n_train", "parameters"]
+LIKE_FOR_LIKE = ["study", "experiment", "reported_on", "n", "reported", "measured"]
 
 
 def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
@@ -57,3 +67,61 @@ def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     )
     table = table.sort_values(["order", "experiment"]).set_index("experiment")[COLUMNS]
     return table.astype(dict.fromkeys(COUNTS, "Int64")).round(2)
+
+
+def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.DataFrame:
+    """Every reported accuracy beside ours on the same part of the data, where it was measured.
+
+    Args:
+        systems: as for `systems_frame`.
+        summaries: as `reports.read_summaries` gives them.
+
+    Returns:
+        Columns study, experiment, reported_on, reported, measured, low, high (0..1; the interval
+        over n seeds, NaN for one) and n.
+    """
+    ran = {f"{s['notebook']}/{s['experiment']}".removesuffix("-quick"): s for s in summaries}
+    rows = []
+    for system in systems.dropna(subset="reported_accuracy").to_dict("records"):
+        measure = [ours for word, ours in MEASURES.items() if word in system["reported_on"]]
+        interval = ran.get(system["experiment"], {}).get([*measure, "test_accuracy"][0])
+        if interval:
+            rows.append(system | interval | {"measured": interval["mean"]})
+    return (
+        pd.DataFrame(rows)
+        .rename(columns={"reported_accuracy": "reported"})
+        .reindex(columns=[*LIKE_FOR_LIKE, "low", "high"])
+        .astype({"low": float, "high": float})
+    )
+
+
+def stage_tables(
+    reports_dir: str | Path, table: str, dataset_sha256: str, but: str
+) -> dict[str, pd.DataFrame]:
+    """Reads a table of each other stage's best report, the best by mean validation accuracy.
+
+    Reports without validation images were trained on all, and nothing tells which is best: all
+    of them count too.
+
+    Args:
+        reports_dir: from the root of the checkout; may be missing.
+        table: the file's name without suffix; reports without it do not count.
+        dataset_sha256: of the data; reports of other data do not count.
+        but: the notebook that is left out.
+
+    Returns:
+        `notebook/experiment` → the table, in the order of the notebooks.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    paths: list[str] = []
+    for summary in read_summaries(reports_dir):
+        notebook, path, val = summary["notebook"], summary["path"], summary["val_accuracy"]
+        same_data = (summary["dataset"] or {}).get("sha256") == dataset_sha256
+        has_table = (ROOT / reports_dir / path / f"{table}.csv").is_file()
+        counts = notebook != but and same_data and has_table
+        if counts and val:
+            best[notebook] = max(best.get(notebook, (0.0, "")), (val["mean"], path))
+        elif counts:
+            paths.append(path)
+    paths += [path for _, path in best.values()]
+    return {path: pd.read_csv(ROOT / reports_dir / path / f"{table}.csv") for path in sorted(paths)}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cifar_lib.config import TrainConfig, parse_config, read_yaml
+from cifar_lib.execution import OtherLoad
 from cifar_lib.files import write_atomic, write_json
 
 METRIC_COLUMNS = [
@@ -158,6 +159,11 @@ def _check(summary: dict[str, Any]) -> None:
         if not (values := statistics[key]) or [type(v) for v in values] != 3 * [float]:
             raise ValueError(f"normalization {key}: got {values!r:.80}; allowed are three floats")
     _ = summary["result"]["seed"], summary["dataset"]["sha256"]
+
+
+def alone(result: dict[str, Any]) -> bool:
+    """Whether a run's `result` tells times of its own: it had the machine to itself."""
+    return float(result.get("other_load", 0.0)) <= OtherLoad.NEGLIGIBLE
 
 
 def metrics_frame(runs: list[Run]) -> pd.DataFrame:

@@ -10,10 +10,10 @@ from papermill.exceptions import PapermillExecutionError
 
 from cifar_lib.config import ROOT
 from cifar_lib.files import with_remedy
+from cifar_lib.plots_compare import duration
 from cifar_lib.study_engine import Engine, LocalEngine, Task, missing, tasks_of, train_tasks
 from cifar_lib.study_execute import (
     execute,
-    forget_runs,
     input_key,
     is_up_to_date,
     log_path,
@@ -39,9 +39,9 @@ def study(
 ) -> list[Experiment]:
     """Runs a preset: every experiment that is not up to date, one after the other.
 
-    With Ray or more than one job all missing runs are trained first, and the notebooks find them
-    finished; else each notebook trains its own. A failing run or experiment does not stop the
-    others.
+    With Ray or more than one job all missing runs are trained first, a sweep's search among
+    them, and the notebooks find them finished; else each notebook trains its own. A failing run
+    or experiment does not stop the others.
 
     Args:
         preset: a name in `params/study.yaml`.
@@ -70,8 +70,8 @@ def study(
     experiments = load_preset(preset, only, n_seeds)
     left = sum(e.minutes for e in experiments)
     say(
-        f"preset {preset}: {len(experiments)} experiments, about {_time(60 * left)} on two cores "
-        "if none is up to date"
+        f"preset {preset}: {len(experiments)} experiments, about {duration(60 * left)} on two "
+        "cores if none is up to date"
     )
     beforehand = engine == "ray" or (jobs or 1) > 1
     lost: dict[str, str] = {}
@@ -105,11 +105,11 @@ def study(
             continue
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
         minutes = (experiment.minutes + left) * (spent + 5) / (expected + 5)
-        say(f"{head}: running, about {_time(60 * minutes)} left for all")
+        say(f"{head}: running, about {duration(60 * minutes)} left for all")
         began = time.perf_counter()
-        if force and not beforehand:
-            forget_runs(experiment)
         try:
+            for task in tasks_of([experiment]) if force and not beforehand else ():
+                forget(task.folder)
             execute(experiment, key, console)
         except Exception as error:  # whatever it was, the others still run
             notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
@@ -120,7 +120,7 @@ def study(
             seconds = time.perf_counter() - began
             spent, expected = spent + seconds / 60, expected + experiment.minutes
             where = experiment.destination.relative_to(ROOT)
-            say(f"{head}: done in {_time(seconds)}, {where}/executed.ipynb")
+            say(f"{head}: done in {duration(seconds)}, {where}/executed.ipynb")
     for reason in failed:
         say(f"failed: {reason}")
     return list({experiment.label: experiment for experiment in failed.values()}.values())
@@ -131,7 +131,8 @@ def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     to_run = []
     for experiment in experiments:
         with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
-            if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
+            runs = tasks_of([experiment])
+            if runs and (force or not is_up_to_date(experiment, input_key(experiment))):
                 to_run.append(experiment)
     tasks = tasks_of(to_run)
     os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
@@ -142,9 +143,3 @@ def _last_line(error: Exception) -> str:
     if isinstance(error, PapermillExecutionError):
         return f"{error.ename}: {error.evalue}"
     return str(with_remedy(error) if isinstance(error, OSError) else error)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,17 +20,21 @@ from cifar_lib.files import hash_files
 from cifar_lib.index import ANSWER, answer, replace_block
 from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment
-from cifar_lib.study_runs import RUNS, forget
+from cifar_lib.study_runs import RUNS
 
 
 def input_key(experiment: Experiment) -> str:
-    """Hash of everything a report depends on; an equal key means up to date.
+    """Hash of what a report depends on; an equal key means up to date.
 
-    Parameters, seeds and data always count, and for a notebook that only reads reports
-    (`reports_dir`) those reports do. Under `quick` the library and the notebook's code count too.
+    Parameters, seeds and data always count, with every file that a parameter names; for a
+    notebook that only reads reports (`reports_dir`) those reports do, and under `quick` the
+    library and the notebook's code. What other notebooks read beside (measured speeds, the
+    other stages' tables) does not: they show it as it was when they were executed.
     """
     config = experiment.config
+    named = [ROOT / value for value in experiment.parameters.values() if isinstance(value, str)]
     parts: list[Any] = [experiment.parameters, experiment.seeds]
+    parts += [hash_files([path]) for path in named if path.is_file()]
     if "reports_dir" in experiment.parameters:
         root = ROOT / experiment.parameters["reports_dir"]
         parts += [
@@ -39,7 +43,6 @@ def input_key(experiment: Experiment) -> str:
             if experiment.destination not in path.parents
         ]
     elif "sweep" in experiment.parameters:
-        parts.append((ROOT / experiment.parameters["sweep"]).read_text(encoding="utf-8"))
         parts += [(task.label, task.folder.name) for task in tasks_of([experiment])]
     else:
         train_set, _ = load_dataset(config.dataset, config.data_dir)
@@ -115,12 +118,6 @@ def _execute(experiment: Experiment, key: str, console: TextIO, scratch: Path) -
         )
     _complete(scratch, experiment, key)
     _move_into_place(scratch, experiment.destination)
-
-
-def forget_runs(experiment: Experiment) -> None:
-    """Marks the runs of an experiment, and no others, to be trained again."""
-    for task in tasks_of([experiment]):
-        forget(task.folder)
 
 
 def scratch_folder(experiment: Experiment) -> Path:

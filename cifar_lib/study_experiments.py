@@ -10,7 +10,8 @@ import papermill
 
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 from cifar_lib.files import inside, plain_name, shown
-from cifar_lib.study_sweep import check_seeds, read_sweep
+from cifar_lib.study_runs import check_seeds
+from cifar_lib.study_sweep import read_sweep, search_of
 from cifar_lib.train import check_runnable
 
 # What the runner itself tells a notebook, beside the parameters of the file.
@@ -56,8 +57,10 @@ class Experiment:
     def runs(self) -> list[tuple[str, TrainConfig, int]]:
         """Name, configuration and seed of every run; none where nothing is trained."""
         if "sweep" in self.parameters:
-            sweep = read_sweep(self.parameters["sweep"], self.seeds)
-            return [(f"{self.name}/{v}", config, seed) for v, config, seed in sweep.pairs]
+            search = search_of(self.parameters["sweep"])
+            pairs = list(search.pairs) if search else []
+            pairs += read_sweep(self.parameters["sweep"], self.seeds).pairs
+            return [(f"{self.name}/{v}", config, seed) for v, config, seed in pairs]
         if "epochs" not in self.parameters:
             return []
         return [(self.name, self.config, seed) for seed in self.seeds]

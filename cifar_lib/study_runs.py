@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cifar_lib import distributed, results
-from cifar_lib.checkpoint import remove_checkpoints
+from cifar_lib.checkpoint import hold, remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.execution import training_code_sha256
@@ -17,6 +18,8 @@ from cifar_lib.files import plain_name
 from cifar_lib.train import check_runnable, train
 
 RUNS = "runs"
+MAX_SEED = 2**40 - 1
+"""An epoch's generator gets a million times the seed and more, which has to fit 64 bits."""
 FRESH = ("quick", "smoke")
 """Presets that always show today's code: seconds or minutes, so a run of other code is repeated."""
 
@@ -53,8 +56,7 @@ def runs(
     """
     check_runnable(config)
     plain_name(experiment, "experiment")
-    if not all(isinstance(seed, int) and seed >= 0 for seed in seeds):  # they name folders
-        raise ValueError(f"seeds: got {list(seeds)!r}; allowed are ints from 0 on")
+    check_seeds(list(seeds), experiment)
     splits = splits or distributed.on_main(lambda: load_splits(config))
     distributed.check_divisible(config, len(splits.train))
     fingerprint = config.fingerprint(splits.info.sha256)
@@ -66,6 +68,14 @@ def runs(
         bar = _wants_bar(progress)
         finished.append(complete_run(folder, config, seed, splits, preset, label, bar))
     return finished
+
+
+def check_seeds(seeds: Any, where: str | Path) -> list[int]:
+    """Refuses what is no list of different whole numbers in 0..MAX_SEED, naming `where`."""
+    whole = isinstance(seeds, list) and all(type(s) is int and 0 <= s <= MAX_SEED for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where}: seeds: got {seeds!r}; allowed are different ints ≥ 0, < 2^40")
+    return list(seeds)
 
 
 def complete_run(
@@ -113,10 +123,15 @@ def find_folder(experiment: str, seed: int, fingerprint: str) -> Path:
 
 
 def forget(folder: Path, *, keep_state: bool = False) -> None:
-    """Marks one run as not finished; without its training state it starts again."""
-    (folder / results.SUMMARY).unlink(missing_ok=True)
-    if not keep_state:
-        remove_checkpoints(folder)
+    """Marks one run as not finished; without its training state it starts again.
+
+    Raises:
+        ValueError: another process trains it.
+    """
+    with hold(folder):
+        (folder / results.SUMMARY).unlink(missing_ok=True)
+        if not keep_state:
+            remove_checkpoints(folder)
 
 
 @contextmanager

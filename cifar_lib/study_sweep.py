@@ -10,7 +10,7 @@ from typing import Any
 from cifar_lib import results
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 from cifar_lib.data import Splits, load_splits
-from cifar_lib.study_runs import runs
+from cifar_lib.study_runs import check_seeds, runs
 from cifar_lib.train import check_runnable
 
 REPORT_ONLY = (
@@ -90,12 +90,10 @@ def read_sweep(path: str | Path, seeds: Sequence[int] = ()) -> Sweep:
     return Sweep(path.stem, question, variants, by_name)
 
 
-def check_seeds(seeds: Any, where: str | Path) -> list[int]:
-    """Refuses what is no list of different whole numbers from 0 on, naming `where`."""
-    whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where}: seeds: got {seeds!r}; allowed are different ints ≥ 0")
-    return list(seeds)
+def search_of(path: str | Path) -> Sweep | None:
+    """The search that a sweep's choices come from: the file beside it that ends in `-search`."""
+    beside = Path(path).with_stem(f"{Path(path).stem}-search")
+    return read_sweep(beside) if (ROOT / beside).is_file() else None
 
 
 def sweep_runs(
@@ -160,10 +158,11 @@ def _variants(values: dict[str, Any], where: str | Path) -> Iterator[tuple[str, 
             raise ValueError(f"{where}: grid: {field}: got {options!r}; allowed is a list")
     for combination in itertools.product(*grid.values()) if grid else ():
         changes = dict(zip(grid, combination, strict=True))
-        yield ",".join(f"{field}={_text(value)}" for field, value in changes.items()), changes
+        yield ",".join(f"{field}={text_of(value)}" for field, value in changes.items()), changes
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A field's value as it stands in the name of a grid's variant."""
     if isinstance(value, list):
-        return "-".join(map(_text, value))
+        return "-".join(map(text_of, value))
     return "null" if value is None else str(value)

@@ -10,16 +10,17 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from cifar_lib import distributed, results, train_stop
 from cifar_lib.augment import augment_batch
+from cifar_lib.checkpoint import hold
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
 from cifar_lib.execution import (
@@ -59,20 +60,9 @@ def train(
             training state stays in `run_dir`.
     """
     distributed.check_divisible(config, len(splits.train))
-    lock = FileLock(run_dir / ".lock", timeout=0)
-
-    def acquire() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"{run_dir}: another process is training this run") from None
-
-    distributed.on_main(acquire)
-    try:
+    with ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(hold(run_dir)))
         return _train(config, seed, splits, run_dir, progress)
-    finally:
-        lock.release()
 
 
 def _train(
@@ -115,7 +105,7 @@ def check_runnable(config: TrainConfig) -> None:
 
     Raises:
         ValueError: names the field (model, width, depth, dropout, weights, normalization,
-            device, precision, deterministic).
+            low_resolution, device, precision, deterministic).
     """
     device = choose_execution(config).device
     if config.deterministic and config.model == "speed_net" and device.type == "cuda":
@@ -123,7 +113,12 @@ def check_runnable(config: TrainConfig) -> None:
     check_transfer(config)
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
-        build_model(config, 10)
+        model = build_model(config, 10).eval()
+        if side := config.low_resolution:
+            try:
+                model(torch.empty(2, 3, side, side))
+            except RuntimeError:
+                raise ValueError(f"low_resolution {side}: too small for {config.model}") from None
 
 
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:

@@ -61,7 +61,8 @@ class TrainState:
         model = build_model(config, len(splits.train.class_names))
         pretrained = load_pretrained(model, config)
         if pretrained is None and isinstance(model, SpeedNet):
-            some = splits.train.images[:WHITENING_IMAGES]
+            count = min(WHITENING_IMAGES, len(splits.train))  # evenly spread: folders are sorted
+            some = splits.train.images[torch.linspace(0, len(splits.train) - 1, count).long()]
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
         use_fast_paths(model, execution.device, execution.dtype)

@@ -5,7 +5,7 @@ import pytest
 
 from cifar_lib import plots_compare
 from cifar_lib.config import ROOT, read_yaml
-from cifar_lib.reports_compare import COLUMNS, systems_frame
+from cifar_lib.reports_compare import COLUMNS, like_for_like, systems_frame
 
 SYSTEMS = pd.read_csv(ROOT / "params/05_compare/systems.csv")
 
@@ -24,6 +24,7 @@ def measured(*labels: str) -> pd.DataFrame:
             "low": 0.89,
             "high": 0.91,
             "test_accuracy_tta": 0.915,
+            "weights": None,
             "train_seconds": 7200.0,
             "reported_accuracy": 0.5,
             "reported_by": "study X",
@@ -72,7 +73,21 @@ def test_systems_say_what_the_parameter_files_say():
             last = pd.read_csv(ROOT / curve).iloc[-1]
             assert last["val_accuracy"] == system.reported_accuracy
             assert last["epoch"] == values["epochs"]
-    assert compared >= 7
+    assert compared >= 4
+
+
+def test_a_reported_accuracy_stands_beside_the_same_measure_of_ours():
+    interval = {"low": 0.8, "high": 0.9, "n": 3}
+    measures = {"val_accuracy": 0.81, "test_accuracy": 0.82, "test_accuracy_tta": 0.83}
+    ran = {name: interval | {"mean": mean} for name, mean in measures.items()}
+    names = ("01_baseline/study-b", "02_speed/smallcnn-quick", "02_speed/speed-94", "09/mine")
+    summaries = [
+        ran | dict(zip(("notebook", "experiment"), name.split("/"), strict=True)) for name in names
+    ]
+    told = like_for_like(SYSTEMS, summaries).set_index("study")
+    assert told["measured"].to_dict() == {"B": 0.81, "D2": 0.82, "airbench": 0.83}
+    assert told.loc["B", ["reported", "low", "high", "n"]].tolist() == [0.7846, 0.8, 0.9, 3]
+    assert like_for_like(SYSTEMS, []).empty
 
 
 @pytest.mark.parametrize("study", ["a", "b"])

@@ -70,4 +70,4 @@ def test_at_most_is_the_longest_seed():
     summary["runs"] = [
         summary["runs"][0] | {"train_seconds": s, "other_load": 0.5} for s in (9, 99)
     ]
-    assert "at most 99 s a seed" in index.answer([summary], "02_speed")
+    assert "at most 1.65 min a seed" in index.answer([summary], "02_speed")

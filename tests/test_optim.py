@@ -72,6 +72,18 @@ def test_smooth_schedules_have_no_jump_and_end_low(name):
     assert max(values) == pytest.approx(1.0)
 
 
+def test_one_cycle_begins_and_ends_where_pytorchs_does():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=1000)
+    rates = [theirs.get_last_lr()[0]]
+    for _ in range(999):
+        optimizer.step()
+        theirs.step()
+        rates.append(theirs.get_last_lr()[0])
+    factor = build_schedule(TrainConfig(schedule="one_cycle", epochs=10, warmup_epochs=3.0), 100)
+    assert [factor(0), factor(1000)] == pytest.approx([rates[0], rates[-1]], rel=1e-3)
+
+
 def test_warmup_rises_to_one_at_its_end():
     factor = build_schedule(TrainConfig(schedule="warmup_cosine", epochs=10, warmup_epochs=2.0), 50)
     assert factor(0) == pytest.approx(0.01)

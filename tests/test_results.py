@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
-from cifar_lib import reports, results
+from cifar_lib import reports, reports_compare, results
 from cifar_lib.data import DataInfo
-from cifar_lib.reports import Report, comparison_frame, read_summaries
+from cifar_lib.reports import Report, comparison_frame, read_summaries, row_of
+from cifar_lib.reports_compare import stage_tables
 from cifar_lib.train import train
 
 INFO = DataInfo("cifar10", "parquet", True, "0" * 64, 45_000, 5_000, 10_000)
@@ -81,8 +82,9 @@ def test_a_report_has_the_keys_of_its_contract(run, tmp_path, monkeypatch):
 
 def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path, monkeypatch):
     monkeypatch.setattr(reports, "ROOT", tmp_path)
+    monkeypatch.setattr(reports_compare, "ROOT", tmp_path)
     data = run.summary["dataset"]["sha256"]
-    assert reports.stage_tables("reports/x", "t", data, but="04") == {}
+    assert stage_tables("reports/x", "t", data, but="04") == {}
     for notebook, name, val in (
         ("01", "weak", 0.5), ("01", "strong", 0.7), ("01", "without", 0.9),
         ("02", "retrained", None), ("03", "other", 0.6), ("04", "own", 0.8),
@@ -96,8 +98,29 @@ def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path,
         if name != "without":
             report.table("t", pd.DataFrame({"val": [val]}))
         report.finish(run.config, [changed])
-    found = reports.stage_tables("reports/x", "t", data, but="04")
-    assert list(found) == ["01/strong"] and found["01/strong"]["val"].tolist() == [0.7]
+    found = stage_tables("reports/x", "t", data, but="04")
+    # Nothing tells whether one that held no images out is better than another: all stand.
+    assert list(found) == ["01/strong", "02/retrained"]
+    assert found["01/strong"]["val"].tolist() == [0.7]
+
+
+def test_time_and_machine_are_those_of_undisturbed_seeds(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+
+    def seed(load: float, seconds: float, name: str) -> results.Run:
+        result = run.summary["result"] | {"other_load": load, "train_seconds": seconds}
+        hardware = run.summary["hardware"] | {"name": name}
+        return dataclasses.replace(
+            run, summary=run.summary | {"result": result, "hardware": hardware}
+        )
+
+    busy, calm = seed(0.5, 90.0, "busy"), seed(0.01, 30.0, "calm")
+    for seeds, time, shared, machine in (
+        ([busy, calm], 30.0, False, "calm"), ([busy, seed(0.3, 50.0, "b")], 70.0, True, "busy"),
+    ):  # fmt: skip
+        row = row_of(Report("", "01", "x", "x", "What?").finish(run.config, seeds))
+        assert (row["train_seconds"], row["shared_machine"]) == (time, shared)
+        assert row["machine"].startswith(machine) and row["n"] == 2
 
 
 def test_an_explored_notebook_writes_nothing(run, tmp_path, monkeypatch):

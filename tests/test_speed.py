@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from cifar_lib.augment import resize
+from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.execution import choose_execution
+from cifar_lib.models import build_model, flops_per_image
 from cifar_lib.models.speed_net import SpeedNet
 from cifar_lib.optim_muon import Muon, orthogonalize
 from cifar_lib.train import _order, train_epoch
@@ -40,6 +42,19 @@ def test_a_training_sets_the_whitening_and_never_moves_it(tiny, digits) -> None:
 @pytest.mark.parametrize("side", [17, 24, 32])
 def test_one_network_takes_several_resolutions(side: int) -> None:
     assert SpeedNet(width=0.1, depth=3)(torch.randn(2, 3, side, side)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("model", "times"),  # its forward pass: 3, less what nothing needs
+    [("speed_net", 2.883), ("small_cnn", 2.964), ("efficientnet_lite0", 2.97)],
+)
+def test_a_step_counts_the_gradients_that_are_computed(model, times, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from timing import flops_of_step
+
+    config = TrainConfig(model=model, batch_size=8, image_size=128 if "eff" in model else 32)
+    forward = 8 * flops_per_image(build_model(config, 10))
+    assert flops_of_step(config) / forward == pytest.approx(times, abs=0.003)
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (16, 16)])

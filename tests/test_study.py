@@ -186,6 +186,13 @@ def test_the_key_follows_everything_a_report_depends_on(checkout, monkeypatch):
     first = key()
     assert key() == first
     assert key(n_seeds=1) != first
+    (checkout / "One?").write_text("a file that a parameter names\n")
+    named = key()
+    assert named != first
+    (checkout / "One?").write_text("altered\n")
+    assert key() not in (first, named)
+    (checkout / "One?").unlink()
+    assert key() == first
     notebook = checkout / "notebooks/toy.ipynb"
     text = notebook.read_text()
     notebook.write_text(text.replace("not shown", "hidden"))
@@ -194,6 +201,14 @@ def test_the_key_follows_everything_a_report_depends_on(checkout, monkeypatch):
     (checkout / "cifar_lib").mkdir()
     (checkout / "cifar_lib/new.py").write_text("x = 1\n")
     assert key() != first
+
+
+def test_an_engine_gets_a_sweeps_search_too():
+    (experiment,) = load_preset("full", "07_choices/vgg16")
+    search = read_sweep("params/07_choices/vgg16-search.yaml")
+    sweep = read_sweep("params/07_choices/vgg16.yaml")
+    asked = [(config, seed) for s in (search, sweep) for _, config, seed in s.pairs]
+    assert [(config, seed) for _, config, seed in experiment.runs] == asked
 
 
 @pytest.mark.parametrize("preset", ["quick", "full"])
@@ -273,7 +288,8 @@ def test_finished_runs_are_returned_and_only_quick_follows_the_code(
     assert runs("full", force=True)[1] == every
 
 
-def test_forcing_a_study_forgets_its_own_runs_alone(checkout):
+def test_forcing_a_study_forgets_its_own_runs_alone(checkout, monkeypatch):
+    monkeypatch.setattr(study, "execute", lambda *_: None)
     (experiment,) = load_preset("quick", "toy/one")
     sha256 = load_dataset("digits")[0].info.sha256
     mine = experiment.config.fingerprint(sha256)
@@ -283,7 +299,7 @@ def test_forcing_a_study_forgets_its_own_runs_alone(checkout):
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text("{}")
         (folder / "last.pt").write_text("state")
-    study_execute.forget_runs(experiment)
+    assert study.study("quick", "toy/one", force=True, console=io.StringIO()) == []
     left = sorted(path.parent.name for path in (checkout / "runs/one").glob("*/summary.json"))
     assert left == sorted(kept)
     assert not (checkout / "runs/one" / ("0-" + mine) / "last.pt").exists()

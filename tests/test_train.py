@@ -8,11 +8,11 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from cifar_lib import checkpoint, results, train_state
+from cifar_lib import checkpoint, results, study_runs, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
-from cifar_lib.execution import Execution
-from cifar_lib.train import train
+from cifar_lib.execution import Execution, choose_execution
+from cifar_lib.train import check_runnable, train
 from cifar_lib.train_evaluate import evaluate_run
 
 
@@ -174,6 +174,42 @@ def test_one_process_a_run(tmp_path, digits, tiny):
         pytest.raises(ValueError, match="another process is training this run"),
     ):
         train(tiny(), 0, digits, tmp_path)
+
+
+def test_forcing_a_run_leaves_one_that_is_being_trained(tmp_path, digits, tiny, monkeypatch):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    config = tiny()
+    name = f"0-{config.fingerprint(digits.info.sha256)}"
+    folder = tmp_path / "runs/mine" / name
+    folder.mkdir(parents=True)
+    (folder / checkpoint.LAST).write_text("hours of work")
+    with (
+        FileLock(folder / ".lock"),
+        pytest.raises(ValueError, match="another process is training this run"),
+    ):
+        study_runs.runs(config, [0], experiment="mine", splits=digits, force=True)
+    assert (folder / checkpoint.LAST).read_text() == "hours of work"
+
+
+def test_images_too_small_for_the_network_are_refused_before_data_is_read(tiny):
+    with pytest.raises(ValueError, match="low_resolution 24: too small for vgg16"):
+        check_runnable(tiny(model="vgg16", low_resolution=24, low_resolution_epochs=1))
+    check_runnable(tiny(model="resnet18", low_resolution=24, low_resolution_epochs=1))
+
+
+def test_whitening_sees_every_class_of_a_sorted_folder(digits, tiny):
+    order = digits.train.labels.argsort()
+    images = digits.train.images[order].float()
+    images[: len(order) // 2] = images[: len(order) // 2].mean()  # the first classes: flat
+    train_set = dataclasses.replace(digits.train, images=images.to(torch.uint8))
+    splits = dataclasses.replace(digits, train=train_set)
+    config = tiny(model="speed_net", width=0.25)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state, "WHITENING_IMAGES", 100)
+        state = train_state.TrainState.start(config, 0, splits, choose_execution(config))
+    # Of flat pictures alone every variance is 0, and each filter as long as the epsilon lets it.
+    lengths = state.model.whitening.weight.flatten(1).norm(dim=1)
+    assert lengths.max() / lengths.min() > 2
 
 
 def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path, digits, tiny):

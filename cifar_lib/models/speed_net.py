@@ -63,7 +63,7 @@ class SpeedNet(nn.Module):
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (N, 3, H, W), float, H and W at least 17, to logits (N, K)."""
+        """Maps images (N, 3, H, W), float, H and W at least 9, to logits (N, K)."""
         x = self.blocks(self.gelu(self.whitening(x)))  # 31 → 15 → 7 → 3 pixels
         return self.fc(self.dropout(self.maxpool(x).flatten(1))) * self.scale
 
