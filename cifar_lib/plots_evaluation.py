@@ -64,12 +64,13 @@ def corruption_curves(tables: Mapping[str, pd.DataFrame], *, caption_text: str =
         rows = table.assign(seed=table.get("seed", 0))
         clean = rows[rows.corruption == "none"]
         corrupted = rows[rows.corruption != "none"]
+        label = f"{system}, n = {rows.seed.nunique()}"
         for ax, name in zip(axes, [*names, "mean of all"], strict=False):
             chosen = corrupted if name == "mean of all" else corrupted[corrupted.corruption == name]
             by_seed = pd.concat([clean, chosen]).groupby(["severity", "seed"]).accuracy.mean()
             spread = by_seed.groupby("severity").agg(["mean", "min", "max"])
             errors = [spread["mean"] - spread["min"], spread["max"] - spread["mean"]]
-            ax.errorbar(spread.index, spread["mean"], np.abs(errors), color=color, label=system)
+            ax.errorbar(spread.index, spread["mean"], np.abs(errors), color=color, label=label)
             ax.lines[-1].set(marker="o", markersize=4)
             ax.set_title(name.replace("_", " ").replace("jpeg", "JPEG"), fontsize=10)
     for ax in axes:

@@ -300,6 +300,7 @@ def test_corruption_curves_draw_means_over_seeds_and_their_range() -> None:
     figure = plots_evaluation.corruption_curves({"a": corruptions(1), "b": corruptions(2)})
     titles = [ax.get_title() for ax in figure.axes]
     assert titles == ["noise", "blur", "contrast", "brightness", "JPEG", "mean of all"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a, n = 2", "b, n = 2"]
     noise, *_, everything = figure.axes
     drawn = [line for line in noise.lines if len(line.get_xdata()) == 6]
     np.testing.assert_allclose(drawn[0].get_ydata(orig=False), 0.96 - np.arange(6) / 50)
