@@ -60,6 +60,7 @@ def accuracy_vs_cost(
     seaborn.scatterplot(points, x=cost, y="test_accuracy", ax=ax, **how)
     if (legend := ax.get_legend()) is not None:
         legend.remove()
+    # The names without seaborn's headings, which are the columns'.
     told = zip(*ax.get_legend_handles_labels(), strict=True)
     handles, names = zip(*[entry for entry in told if entry[1] not in points], strict=True)
     figure.legend(handles, names, fontsize=9, frameon=False, ncols=2, loc="outside upper left")
