@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from PIL import Image
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 GREY = "#666666"
@@ -31,9 +32,15 @@ class Chart(Figure):
     """A figure that a notebook shows as a picture without pyplot knowing of it."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        return png(self)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as an opaque PNG, as small as that goes: notebooks hold many."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=100, format="png", bbox_inches="tight")
+    Image.open(drawn).convert("RGB").save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Chart, list[Axes]]:

@@ -1,7 +1,6 @@
 """Reports: what a notebook leaves behind, and how it is read back."""
 
 import copy
-import io
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from cifar_lib.data import DataInfo
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import describe_environment, git_commit
 from cifar_lib.files import inside, write_atomic, write_json
+from cifar_lib.plots import png
 from cifar_lib.results import Run, alone, metrics_frame
 
 SCHEMA = 1
@@ -62,9 +62,7 @@ class Report:
     def figure(self, name: str, figure: Figure) -> Figure:
         """Saves a figure as `figures/<name>.png` and hands it back for display."""
         if self.folder:
-            content = io.BytesIO()
-            figure.savefig(content, dpi=100, bbox_inches="tight", format="png")
-            write_atomic(self.folder / "figures" / f"{name}.png", content.getvalue())
+            write_atomic(self.folder / "figures" / f"{name}.png", png(figure))
         return figure
 
     def table(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
