@@ -304,10 +304,13 @@ def test_an_experiment_stays_below_runs(tmp_path, tiny, digits, monkeypatch, nam
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_seed_is_a_number(tmp_path, tiny, digits, monkeypatch):
+@pytest.mark.parametrize("seed", ["../../x", -1, 2**40])  # the last: no generator takes it
+def test_a_seed_is_a_number_from_0_that_a_generator_takes(
+    seed, tmp_path, tiny, digits, monkeypatch
+):
     monkeypatch.setattr(study_runs, "ROOT", tmp_path / "checkout")
-    with pytest.raises(ValueError, match="seeds: got .*allowed are ints"):
-        study_runs.runs(tiny(), ["../../x"], experiment="e", splits=digits)
+    with pytest.raises(ValueError, match="seeds: got .*allowed are different ints"):
+        study_runs.runs(tiny(), [seed], experiment="e", splits=digits)
     assert list(tmp_path.iterdir()) == []
 
 
