@@ -231,9 +231,11 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (OSError, FloatingPointError) as error:
-        told = with_remedy(error) if isinstance(error, OSError) else error
-        print(f"error: {told}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {with_remedy(error)}", file=sys.stderr)
+        sys.exit(1)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

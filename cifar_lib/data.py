@@ -100,6 +100,11 @@ def load_splits(config: TrainConfig) -> Splits:
     return Splits(train, val, replace(test, info=train.info), train.info)
 
 
+def evenly_spread(n: int, limit: int | None) -> Tensor:
+    """Indices of at most `limit` of n images, evenly spread: a file may be sorted by class."""
+    return torch.linspace(0, n - 1, min(limit or n, n)).long()
+
+
 def load_dataset(dataset: str, data_dir: str | None = None) -> tuple[ImageSet, ImageSet]:
     """Loads the whole training part and the whole test part.
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from cifar_lib.data import evenly_spread
 from cifar_lib.evaluate import accuracy, proportion_interval
 
 SEVERITIES = {
@@ -70,11 +71,6 @@ def _compress(image: Tensor, quality: int) -> Tensor:
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
     return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
-def evenly_spread(n: int, limit: int | None) -> Tensor:
-    """Indices of at most `limit` of n images, evenly spread: a file may be sorted by class."""
-    return torch.linspace(0, n - 1, min(limit or n, n)).long()
 
 
 def corruption_frame(

@@ -190,6 +190,15 @@ def git_commit() -> str | None:
         return None
 
 
+UNITS = (("s", 1), ("min", 60), ("h", 3600))
+
+
+def duration(seconds: float, _position: object = None) -> str:
+    """Writes a duration in the unit that reads best; formats an axis too."""
+    name, size = max((u for u in UNITS if seconds >= u[1]), key=lambda u: u[1], default=UNITS[0])
+    return f"{seconds / size:.3g} {name}"
+
+
 class OtherLoad:
     """How much of the machine other processes took: a time is a run's own up to `NEGLIGIBLE`."""
 

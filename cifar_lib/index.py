@@ -12,9 +12,8 @@ import nbformat
 import pandas as pd
 
 from cifar_lib.config import ROOT
-from cifar_lib.execution import training_code_sha256
+from cifar_lib.execution import duration, training_code_sha256
 from cifar_lib.files import write_atomic
-from cifar_lib.plots_compare import duration
 from cifar_lib.reports import read_summaries, row_of
 
 MISSING = "–"

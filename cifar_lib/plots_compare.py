@@ -18,6 +18,7 @@ from matplotlib.ticker import (
     StrMethodFormatter,
 )
 
+from cifar_lib.execution import UNITS, duration
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
 COSTS = {
@@ -116,15 +117,8 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
     return caption(figure, caption_text)
 
 
-UNITS = (("s", 1), ("min", 60), ("h", 3600))
 STEPS = (1, 3, 10, 30)
 SCRATCH = "random weights"
-
-
-def duration(seconds: float, _position: object = None) -> str:
-    """Writes a duration in the unit that reads best; formats an axis too."""
-    name, size = max((u for u in UNITS if seconds >= u[1]), key=lambda u: u[1], default=UNITS[0])
-    return f"{seconds / size:.3g} {name}"
 
 
 def _errors(points: pd.DataFrame, mean: str) -> npt.NDArray[np.float64]:
@@ -140,5 +134,5 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     told = zip(x, y, points["experiment"], strict=True)
     names = [ax.text(left, top, name, fontsize=9) for left, top, name in told]
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    room = {"expand": (1.1, 1.8), "force_text": (0.1, 0.4), "force_static": (0.3, 0.6)}
+    room = {"expand": (1.3, 2.8), "force_text": (0.1, 0.4), "force_static": (0.3, 0.6)}
     adjust_text(names, x, y, ax=ax, iter_lim=1000, arrowprops=line, **room)

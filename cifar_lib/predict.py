@@ -92,9 +92,13 @@ def find_run(name: str | Path) -> Run:
     """Loads the run of a folder, or with the word `shipped` the model that comes with the project.
 
     Raises:
-        ValueError: it is not the folder of a finished run.
+        ValueError: it is not the folder of a finished run, or no model comes with this checkout.
     """
-    return load_run(SHIPPED if str(name) == SHIPPED.name else name)
+    if str(name) != SHIPPED.name:
+        return load_run(name)
+    if not SHIPPED.is_dir():
+        raise ValueError("no model is shipped here yet; `python -m cifar_lib export RUN` does it")
+    return load_run(SHIPPED)
 
 
 def load_model(run: Run) -> tuple[nn.Module, Tensor, Tensor]:

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 
-from cifar_lib.data import ImageSet, Splits
+from cifar_lib.data import ImageSet, Splits, evenly_spread
 from cifar_lib.evaluate import accuracy
 from cifar_lib.evaluate_calibration import calibration_frame, fit_temperature
-from cifar_lib.evaluate_robustness import SEVERITIES, corruption_frame, evenly_spread
+from cifar_lib.evaluate_robustness import SEVERITIES, corruption_frame
 from cifar_lib.predict import predictor
 from cifar_lib.results import Run, metrics_frame, results_frame
 

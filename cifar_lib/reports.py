@@ -15,7 +15,6 @@ from cifar_lib.data import DataInfo
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import describe_environment, git_commit
 from cifar_lib.files import inside, write_atomic, write_json
-from cifar_lib.plots import png
 from cifar_lib.results import Run, alone, metrics_frame
 
 SCHEMA = 1
@@ -62,6 +61,8 @@ class Report:
     def figure(self, name: str, figure: Figure) -> Figure:
         """Saves a figure as `figures/<name>.png` and hands it back for display."""
         if self.folder:
+            from cifar_lib.plots import png  # here alone: who only reads reports draws nothing
+
             write_atomic(self.folder / "figures" / f"{name}.png", png(figure))
         return figure
 

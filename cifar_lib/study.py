@@ -9,8 +9,8 @@ from typing import TextIO
 from papermill.exceptions import PapermillExecutionError
 
 from cifar_lib.config import ROOT
+from cifar_lib.execution import duration
 from cifar_lib.files import with_remedy
-from cifar_lib.plots_compare import duration
 from cifar_lib.study_engine import Engine, LocalEngine, Task, missing, tasks_of, train_tasks
 from cifar_lib.study_execute import (
     execute,
@@ -128,13 +128,12 @@ def study(
 
 def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     """What an engine trains: the missing runs of what is not up to date, or all if forced."""
-    to_run = []
+    found: dict[str, Task] = {}
     for experiment in experiments:
         with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
-            runs = tasks_of([experiment])
-            if runs and (force or not is_up_to_date(experiment, input_key(experiment))):
-                to_run.append(experiment)
-    tasks = tasks_of(to_run)
+            if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
+                found = {task.folder.name: task for task in tasks_of([experiment])} | found
+    tasks = list(found.values())
     os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
     return tasks if force else missing(tasks)
 

@@ -22,6 +22,9 @@ from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment
 from cifar_lib.study_runs import RUNS
 
+FILES = ("sweep", "systems", "reported_curve")
+"""Parameters that name a file, from the root of the checkout."""
+
 
 def input_key(experiment: Experiment) -> str:
     """Hash of what a report depends on; an equal key means up to date.
@@ -32,9 +35,9 @@ def input_key(experiment: Experiment) -> str:
     other stages' tables) does not: they show it as it was when they were executed.
     """
     config = experiment.config
-    named = [ROOT / value for value in experiment.parameters.values() if isinstance(value, str)]
+    named = filter(None, map(experiment.parameters.get, FILES))
     parts: list[Any] = [experiment.parameters, experiment.seeds]
-    parts += [hash_files([path]) for path in named if path.is_file()]
+    parts += [hash_files([ROOT / name]) for name in named]
     if "reports_dir" in experiment.parameters:
         root = ROOT / experiment.parameters["reports_dir"]
         parts += [

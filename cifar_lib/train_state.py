@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_lib import checkpoint, distributed, results
 from cifar_lib.augment import normalize
 from cifar_lib.config import TrainConfig
-from cifar_lib.data import ImageSet, Splits
+from cifar_lib.data import ImageSet, Splits, evenly_spread
 from cifar_lib.execution import Execution, training_code_sha256
 from cifar_lib.fast import use_fast_paths, use_fast_steps
 from cifar_lib.files import shown
@@ -61,8 +61,7 @@ class TrainState:
         model = build_model(config, len(splits.train.class_names))
         pretrained = load_pretrained(model, config)
         if pretrained is None and isinstance(model, SpeedNet):
-            count = min(WHITENING_IMAGES, len(splits.train))  # evenly spread: folders are sorted
-            some = splits.train.images[torch.linspace(0, len(splits.train) - 1, count).long()]
+            some = splits.train.images[evenly_spread(len(splits.train), WHITENING_IMAGES)]
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
         use_fast_paths(model, execution.device, execution.dtype)

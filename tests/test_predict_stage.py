@@ -1,7 +1,6 @@
 """What a stage measures of its finished runs, and the checks that its notebook ends with."""
 
 import dataclasses
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -58,7 +57,9 @@ def test_weights_that_answer_otherwise_are_seen(runs, digits):
     assert [name for name, holds in checks.items() if not holds] == [
         "the saved weights answer as the run did"
     ]
-    once = [replace(run, metrics=run.metrics.head(1)) for run in runs]  # nothing to fall from
+    once = [
+        dataclasses.replace(run, metrics=run.metrics.head(1)) for run in runs
+    ]  # nothing to fall from
     assert stage_checks(once, [0, 1], digits, calibration, corruptions)[
         "training loss falls in every run"
     ]

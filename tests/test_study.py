@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -186,13 +187,13 @@ def test_the_key_follows_everything_a_report_depends_on(checkout, monkeypatch):
     first = key()
     assert key() == first
     assert key(n_seeds=1) != first
-    (checkout / "One?").write_text("a file that a parameter names\n")
-    named = key()
-    assert named != first
-    (checkout / "One?").write_text("altered\n")
-    assert key() not in (first, named)
-    (checkout / "One?").unlink()
-    assert key() == first
+    (experiment,) = load_preset("quick", "toy/one")
+    names = replace(experiment, parameters=experiment.parameters | {"systems": "systems.csv"})
+    (checkout / "systems.csv").write_text("a file that a parameter names\n")
+    named = study_execute.input_key(names)
+    assert study_execute.input_key(names) == named != first
+    (checkout / "systems.csv").write_text("altered\n")
+    assert study_execute.input_key(names) not in (first, named)
     notebook = checkout / "notebooks/toy.ipynb"
     text = notebook.read_text()
     notebook.write_text(text.replace("not shown", "hidden"))
