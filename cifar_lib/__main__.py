@@ -1,5 +1,6 @@
 """The command line: `python -m cifar_lib COMMAND`; each command has `--help`."""
 
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -51,6 +52,8 @@ def study(
     """Execute a preset's notebooks with papermill and put their reports into reports/PRESET."""
     from cifar_lib import index, study
 
+    for name in ("papermill", "asyncio"):  # a stopped kernel is no fault; others are raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     failed = study.study(preset, only, seeds, force, engine=engine, jobs=jobs, address=address)
     if preset == "full":
         for path in index.write_generated():

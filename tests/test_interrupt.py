@@ -19,6 +19,18 @@ pytestmark = pytest.mark.timeout(400)  # processes that start on a busy machine
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both = pytest.mark.parametrize("number", STATUS)
 GOES_ON = "stopped; the same command goes on after what is finished\n"
+# Python runs this as it starts: papermill always has the time to notice that its kernel is gone.
+SLOW_TO_END = """
+import asyncio
+from jupyter_client.manager import AsyncKernelManager
+shutdown = AsyncKernelManager.shutdown_kernel
+
+async def slowly(self, *options, **named):
+    await shutdown(self, *options, **named)
+    await asyncio.sleep(2)
+
+AsyncKernelManager.shutdown_kernel = slowly
+"""
 
 
 def epochs_in(text: str) -> list[int]:
@@ -143,6 +155,7 @@ def test_train_stops_with_its_status_and_goes_on(clone, number):
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )
 def test_a_study_leaves_no_kernel_and_no_half_report_and_goes_on(clone, number):
+    (clone.root / "sitecustomize.py").write_text(SLOW_TO_END)
     process = clone.start("study")
     first = follow(process, "epoch 2/")
     kernels = kernels_of(process)
