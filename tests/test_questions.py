@@ -73,10 +73,26 @@ def test_the_choices_are_those_that_study_e_compared():
     assert "half width" in sweep.question.lower() and "10,000" in sweep.question
 
 
-def test_study_as_open_question_is_about_its_own_recipe():
-    default = read_sweep(f"{CHOICES}/study-a.yaml").variants["default"]
-    recipe = config_of(read_yaml(ROOT / "params/01_baseline/study-a-20.yaml"))
-    assert changes(default, recipe) == {"n_train": 10_000}
+@pytest.mark.parametrize(
+    ("sweep", "recipe", "reductions"),
+    [
+        ("07_choices/study-a", "01_baseline/study-a-20", {"n_train": 10_000}),
+        (
+            "03_improved/learning-rate",
+            "03_improved/resnet18",
+            {"n_train": 10_000, "epochs": 10},
+        ),
+        (
+            "04_final/leave-one-out",
+            "04_final/resnet18-sgd",
+            {"n_train": 10_000, "epochs": 10, "width": 0.5, "early_stopping": 0, "tta": "none"},
+        ),
+    ],
+)
+def test_a_sweep_is_about_its_own_recipe_but_for_its_reductions(sweep, recipe, reductions):
+    default = read_sweep(f"params/{sweep}.yaml").variants["default"]
+    config = config_of(read_yaml(ROOT / f"params/{recipe}.yaml"))
+    assert changes(default, config) == reductions
 
 
 @pytest.mark.parametrize("name", ["vgg16", "study-a", "choices-smoke"])
