@@ -68,18 +68,25 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: a file is whole but no training state; nothing in it was run.
     """
-    for name in (LAST, PREVIOUS):
-        path = run_dir / name
-        if not path.exists():
-            continue
-        content = path.read_bytes()
-        payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-        if hashlib.sha256(payload).digest() == digest:
+    for path in _states(run_dir):
+        if (payload := _whole(path)) is not None:
             return _parse(payload, path)
         logger.warning(
             "%s is torn or altered (checksum differs); using the state before it", shown(path)
         )
     return None
+
+
+def _states(run_dir: Path) -> list[Path]:
+    """The training states in a folder, newest first."""
+    return [run_dir / name for name in (LAST, PREVIOUS) if (run_dir / name).exists()]
+
+
+def _whole(path: Path) -> bytes | None:
+    """What a training state holds, or None if its checksum differs."""
+    content = path.read_bytes()
+    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    return payload if hashlib.sha256(payload).digest() == digest else None
 
 
 def _parse(payload: bytes, path: Path) -> dict[str, Any]:
@@ -97,8 +104,8 @@ def _parse(payload: bytes, path: Path) -> dict[str, Any]:
 
 
 def set_aside(run_dir: Path) -> Path:
-    """Moves the newest training state of a run out of the way, as `other.pt`; returns its path."""
-    newest = next(run_dir / name for name in (LAST, PREVIOUS) if (run_dir / name).exists())
+    """Moves the state that `load_checkpoint` reads to `other.pt`, removes the others."""
+    newest = next(path for path in _states(run_dir) if _whole(path) is not None)
     os.replace(newest, run_dir / "other.pt")
     remove_checkpoints(run_dir)
     return run_dir / "other.pt"

@@ -5,7 +5,12 @@ import logging
 import pytest
 import torch
 
-from cifar_lib.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from cifar_lib.checkpoint import (
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    set_aside,
+)
 
 
 def state(epoch: int) -> dict:
@@ -41,6 +46,16 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, caplog, d
     with caplog.at_level(logging.WARNING):
         assert load_checkpoint(tmp_path)["epoch"] == 1
     assert "last.pt" in caplog.text and "checksum" in caplog.text
+
+
+def test_what_is_set_aside_is_the_state_that_was_read(tmp_path):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch})
+    (tmp_path / "last.pt").write_bytes(b"torn")
+    kept = set_aside(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.pt")] == [kept.name]
+    kept.rename(tmp_path / "last.pt")
+    assert load_checkpoint(tmp_path) == {"epoch": 1}
 
 
 def test_nothing_to_load_is_none(tmp_path):

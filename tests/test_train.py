@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from cifar_lib import checkpoint, results, study_runs, train_state
+from cifar_lib import checkpoint, execution, results, study_runs, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
 from cifar_lib.execution import Execution, choose_execution
@@ -120,6 +120,23 @@ def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypa
     train(tiny(), 0, digits, tmp_path)
     assert starts == [0, 1, 2]
     assert (tmp_path / "other.pt").exists()
+
+
+def test_code_is_other_code_by_what_it_does_not_by_its_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "ROOT", tmp_path)
+    path = tmp_path / "cifar_lib/train.py"
+    path.parent.mkdir()
+    hashes = []
+    for text in (
+        'def f(x):\n    """Doubles."""\n    return 2 * x\n',
+        "def f(x):  # doubles\n\n    return (\n        2 * x\n    )\n",
+        "def f(x):\n    return 3 * x\n",
+    ):
+        path.write_text(text)
+        hashes.append(execution.training_code_sha256.__wrapped__())
+    path.rename(path.with_name("train_state.py"))
+    hashes.append(execution.training_code_sha256.__wrapped__())
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, digits, tiny, monkeypatch):
