@@ -92,8 +92,10 @@ def train(
     with distributed.joined():
         values = {k: v for k, v in read_yaml(params).items() if k not in REPORT_ONLY}
         if "variants" in values or "grid" in values:
-            only = f"study --preset full --only '*/{params.stem}'"
-            raise ValueError(f"{params}: a sweep, which its notebook runs: {only}")
+            raise ValueError(
+                f"{params}: a sweep, which a notebook runs: papermill notebooks/07_choices.ipynb "
+                f"runs/out.ipynb -p sweep {params} -p experiment {params.stem}"
+            )
         for assignment in parameter or []:
             name, equals, text = assignment.partition("=")
             if not equals:
@@ -120,7 +122,7 @@ def evaluate(run: RunFolder) -> None:
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
     to: Annotated[Path | None, typer.Option(help="Another folder than cifar_lib/shipped.")] = None,
 ) -> None:
     """Make a finished run the model that comes with the project: half precision, with its card."""
@@ -150,7 +152,12 @@ def predict(
     finished = room.find_run(run)
     names = finished.summary["class_names"]
     readable, pictures, failed = [], [], False
-    for file, label in room.find_images(images, names):
+    found = room.find_images(images, names)
+    strays = sorted({file.parent.name for file, label in found if not label})
+    if any(label for _, label in found) and strays:
+        said = f"not scored: {', '.join(strays)} name no class; classes are {', '.join(names)}"
+        typer.echo(said, err=True)
+    for file, label in found:
         try:
             pictures.append(room.read_image(file))
             readable.append((file, label))

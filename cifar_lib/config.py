@@ -120,24 +120,16 @@ class TrainConfig(BaseModel):
     schedule: Literal[
         "constant",
         "step",
-        "multistep",
         "exponential",
         "cosine",
         "warmup_cosine",
-        "one_cycle",
         "linear",
     ] = Field("constant", description="learning-rate schedule, evaluated every step")
     warmup_epochs: Float = Field(
-        0.0, ge=0, description="warm-up of warmup_cosine, one_cycle and linear, epochs"
+        0.0, ge=0, description="warm-up of warmup_cosine and linear, epochs"
     )
     step_epochs: int = Field(10, ge=1, description="epochs between the steps of schedule step")
-    milestones: list[int] = Field([], description="epochs at which schedule multistep falls")
-    gamma: Float = Field(
-        0.1, gt=0, le=1, description="factor of step, multistep and (an epoch) exponential"
-    )
-    final_factor: Float = Field(
-        0.0, ge=0, le=1, description="where cosine and linear end, as a share of learning_rate"
-    )
+    gamma: Float = Field(0.1, gt=0, le=1, description="factor of step and (an epoch) exponential")
     low_resolution: int = Field(
         0, ge=0, le=32, description="side of the images in the first epochs, pixels; 0 is full"
     )
@@ -190,18 +182,12 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} must be at most epochs {self.epochs}"
             )
-        if self.milestones != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
-            raise ValueError(f"milestones {self.milestones} must be rising epochs from 1 on")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov true needs momentum above 0, got momentum 0")
         if self.optimizer == "muon" and 0 < self.backbone_rate < 1:
             raise ValueError(f"backbone_rate {self.backbone_rate:g} must be 0 or 1 with muon")
         if self.optimizer == "muon" and not (self.nesterov and self.decay_norm_and_bias):
             raise ValueError("nesterov and decay_norm_and_bias must be true with muon")
-        if self.schedule == "multistep" and not self.milestones:
-            raise ValueError("schedule 'multistep' needs milestones, got []")
-        if self.schedule == "one_cycle" and self.warmup_epochs == 0:
-            raise ValueError("schedule 'one_cycle' needs warmup_epochs above 0, got 0")
         if (patience := self.early_stopping) and self.val_fraction == 0:
             raise ValueError(f"early_stopping {patience} needs val_fraction above 0, got 0")
         return self

@@ -1,6 +1,5 @@
 """Optimisers and learning-rate schedules by name; a schedule is a plain function step → factor."""
 
-import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,6 @@ from torch import nn
 from cifar_lib.config import TrainConfig
 from cifar_lib.models.transfer import last_layer
 from cifar_lib.optim_muon import Muon
-
-ONE_CYCLE_START = 1 / 25  # torch.optim.lr_scheduler.OneCycleLR's div_factor
-ONE_CYCLE_END = ONE_CYCLE_START / 1e4  # … and its final_div_factor
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -88,45 +84,31 @@ def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int],
 
     Returns:
         A function from the step, 0 .. epochs * steps_per_epoch - 1, to a factor in 0..1 on
-        `learning_rate`. step, multistep and exponential fall between epochs, as
+        `learning_rate`. step and exponential fall between epochs, as
         torch.optim.lr_scheduler's do when stepped once an epoch; the others move every step.
 
     Source:
         cosine: Loshchilov and Hutter 2017 (SGDR), equation 5, without restarts; warm-up:
-        Goyal et al. 2017, section 2.2; one_cycle: Smith and Topin 2018.
+        Goyal et al. 2017, section 2.2.
     """
     total = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    floor = config.final_factor
 
     def progress(step: int, start: int = 0) -> float:
         return min(1.0, (step - start) / max(1, total - start))
 
     def cosine(step: int, start: int = 0) -> float:
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress(step, start)))
+        return 0.5 * (1 + math.cos(math.pi * progress(step, start)))
 
     def with_warmup(step: int, then: Callable[[int, int], float]) -> float:
         return (step + 1) / warmup if step < warmup else then(step, warmup)
 
-    def one_cycle(step: int) -> float:
-        low, high, share = ONE_CYCLE_START, 1.0, step / max(1, warmup)
-        if step >= warmup:
-            low, high, share = 1.0, ONE_CYCLE_END, progress(step, warmup)
-        return high + (low - high) * 0.5 * (1 + math.cos(math.pi * share))
-
-    def linear(step: int, start: int) -> float:
-        return 1 - (1 - floor) * progress(step, start)
-
     schedules: dict[str, Callable[[int], float]] = {
         "constant": lambda step: 1.0,
         "step": lambda step: config.gamma ** (step // steps_per_epoch // config.step_epochs),
-        "multistep": lambda step: (
-            config.gamma ** bisect.bisect_right(config.milestones, step // steps_per_epoch)
-        ),
         "exponential": lambda step: config.gamma ** (step // steps_per_epoch),
         "cosine": cosine,
         "warmup_cosine": lambda step: with_warmup(step, cosine),
-        "one_cycle": one_cycle,
-        "linear": lambda step: with_warmup(step, linear),
+        "linear": lambda step: with_warmup(step, lambda at, start: 1 - progress(at, start)),
     }
     return schedules[config.schedule]

@@ -143,7 +143,11 @@ def load_run(run_dir: str | Path) -> Run:
     try:
         summary = json.loads((run_dir / SUMMARY).read_text())
         metrics = pd.read_csv(run_dir / METRICS)
-        config = parse_config(read_yaml(run_dir / CONFIG))
+        # A field that was deleted since said nothing of the network: its weights are checked.
+        fields = {
+            k: v for k, v in read_yaml(run_dir / CONFIG).items() if k in TrainConfig.model_fields
+        }
+        config = parse_config(fields)
         _check(summary)
         return Run(run_dir, config, int(summary["seed"]), metrics, summary)
     except (ValueError, KeyError, TypeError) as error:
