@@ -1,6 +1,7 @@
 """The study: a preset's experiments one after the other, with what is up to date left alone."""
 
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -67,6 +68,8 @@ def study(
         raise ValueError(f"--engine: got {engine!r}; allowed are local, ray")
     if address and engine != "ray":
         raise ValueError(f"--address: got {address!r}; it goes with --engine ray")
+    if address not in (None, "auto") and not re.fullmatch(r"\S+:\d+", str(address)):
+        raise ValueError(f"--address: got {address!r}; allowed are auto and HOST:PORT")
     experiments = load_preset(preset, only, n_seeds)
     left = sum(e.minutes for e in experiments)
     say(

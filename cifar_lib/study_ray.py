@@ -53,7 +53,9 @@ class RayEngine:
                     reason = str(error).splitlines()[0]
                     raise ValueError(f"--engine ray: {what}: {reason}") from None
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cores = min(m["CPU"] for m in machines if m.get("CPU"))
+        cores = min((m["CPU"] for m in machines if m.get("CPU")), default=0)
+        if not cores:
+            raise ValueError("--engine ray: no node has a CPU; add one, then start again")
         gpus = min((m["GPU"] for m in machines if m.get("GPU")), default=0)
         self.cpus = max(1, int(cores // jobs)) if jobs else 1
         self.gpus = min(1, gpus / jobs) if jobs else min(1, gpus)
@@ -76,7 +78,8 @@ class RayEngine:
     def finished(self, timeout: float) -> list[tuple[Task, str]]:
         """Waits at most `timeout` seconds; returns tasks that ended, and why where they failed."""
         done = []
-        for reference in self.ray.wait(list(self.tasks), timeout=timeout)[0]:
+        self.ray.wait(list(self.tasks), timeout=timeout)  # for the first; then all that ended
+        for reference in self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0]:
             try:
                 error = self.ray.get(reference)
             except self.ray.exceptions.RayError as lost:  # after all its retries

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -67,6 +68,25 @@ def test_an_engine_trains_what_is_missing_and_says_so(tmp_path, digits, tiny):
     ]
     assert "  2/3 e/2, seed 2: FAILED: ValueError" in "\n".join(said)
     assert missing([*tasks, bad]) == [bad]
+
+
+def test_the_log_of_a_waiting_run_is_not_read_each_time_another_ends(
+    tmp_path, digits, tiny, monkeypatch
+):
+    class Queue(InThisProcess):
+        def start(self, task):
+            self.ended.append((task, ""))
+            self.room = 60 - len(self.ended)
+
+        def finished(self, timeout):
+            return [self.ended.pop()]
+
+    read = []
+    monkeypatch.setattr(study_engine, "_log_lines", lambda folder: read.append(folder) or [])
+    monkeypatch.setattr(study_engine, "time", SimpleNamespace(monotonic=lambda: 1.0))
+    tasks = [make_task(tmp_path, digits, tiny(epochs=1), seed) for seed in range(60)]
+    assert train_tasks(tasks, Queue(), lambda _: None) == {}
+    assert len(read) == 2 * len(tasks)  # when it begins and when it ends
 
 
 def test_an_engine_is_closed_when_it_is_interrupted(tmp_path, digits, tiny):
@@ -199,6 +219,7 @@ def test_a_failed_run_is_one_line_and_its_sweep_alone_is_not_executed(swept):
     [
         (["--engine", "slurm"], "--engine: got 'slurm'; allowed are local, ray"),
         (["--address", "auto"], "--address: got 'auto'; it goes with --engine ray"),
+        (["--engine", "ray", "--address", "head"], "--address: got 'head'; allowed are auto and"),
         (["--engine", "ray", "--force"], "--engine ray: ray is not installed; pip install"),
     ],
 )
@@ -295,6 +316,14 @@ def test_ray_starts_on_this_machine(tmp_path, digits, tiny):
     task = make_task(tmp_path, digits, tiny(epochs=1))
     assert train_tasks([task], RayEngine(jobs=1), print) == {}
     assert missing([task]) == []
+
+
+def test_a_cluster_without_a_cpu_is_one_line(monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"memory": 1.0}}]
+    ray = SimpleNamespace(init=lambda **_: None, nodes=lambda: nodes)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ValueError, match="--engine ray: no node has a CPU; add one, then start"):
+        RayEngine(address="auto")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1"])
