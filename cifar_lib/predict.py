@@ -34,7 +34,8 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
 
     Args:
         paths: files or folders; a folder is searched all the way down, hidden files left out.
-        class_names: of the model; a file directly in a folder of such a name is labelled.
+        class_names: of the model; a file is labelled by the nearest folder around it, inside the
+            path that was given or that path itself, that has such a name, in capitals or not.
 
     Returns:
         Paths in name order within a folder, with the class or None.
@@ -43,6 +44,7 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
         ValueError: a path does not exist, or there is no file at all.
     """
     found: list[tuple[Path, str | None]] = []
+    known = {name.casefold(): name for name in class_names}
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
@@ -50,8 +52,9 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
         for file in inside:
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             if (file.is_file() or file.is_symlink()) and not file.is_dir() and not hidden:
-                label = file.parent.name if path.is_dir() else ""
-                found.append((file, label if label in class_names else None))
+                around = [f.name for f in file.parents if path.is_dir() and f.is_relative_to(path)]
+                labels = (known.get(name.casefold()) for name in around)
+                found.append((file, next(filter(None, labels), None)))
     if not found:
         raise ValueError(f"no file in {', '.join(map(str, paths))}")
     return found
@@ -76,12 +79,14 @@ def read_image(path: Path) -> Tensor:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
+                if image.mode == "F":
+                    raise ValueError("floating-point pixels of unknown range; save it with 8 bits")
                 upright = ImageOps.exif_transpose(image)
                 square = ImageOps.fit(
                     to_rgb(upright), (STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC
                 )
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that can be read") from None
+        raise ValueError(f"{path}: not a picture of {', '.join(PICTURES)}") from None
     except Exception as error:  # on damaged files every decoder has exceptions of its own
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: {said or 'broken picture'}") from None
@@ -92,13 +97,9 @@ def find_run(name: str | Path) -> Run:
     """Loads the run of a folder, or with the word `shipped` the model that comes with the project.
 
     Raises:
-        ValueError: it is not the folder of a finished run, or no model comes with this checkout.
+        ValueError: it is not the folder of a finished run.
     """
-    if str(name) != SHIPPED.name:
-        return load_run(name)
-    if not SHIPPED.is_dir():
-        raise ValueError("no model is shipped here yet; `python -m cifar_lib export RUN` does it")
-    return load_run(SHIPPED)
+    return load_run(SHIPPED if str(name) == SHIPPED.name else name)
 
 
 def load_model(run: Run) -> tuple[nn.Module, Tensor, Tensor]:

@@ -85,6 +85,9 @@ One run of `{model["name"]}`, {model["parameters"]:,} parameters, written by
   The {data["n_test"]:,} test images chose nothing.
 - **Knows** {", ".join(summary["class_names"])}.
   A picture of anything else gets one of these names too, often with a high probability.
+- **Is sure** as training made it: with label smoothing {config.label_smoothing:g} here. Its
+  probabilities rank its answers; how often they are right, and what noise, blur and the like do
+  to them, is in the report of its experiment.
 - **Sees** the largest centred square of a picture, resized to 32×32 pixels.
 - **Try it** with `python -m cifar_lib predict shipped PHOTO`; measure it as rounded with
   `python -m cifar_lib evaluate shipped`.

@@ -101,11 +101,36 @@ def test_files_are_found_and_labelled_by_their_folder(tmp_path):
     names = [(path.relative_to(tmp_path).as_posix(), label) for path, label in found]
     assert names == [("3/a.png", "3"), ("3/b.png", "3"), ("other/c.png", None)]
     assert find_images([tmp_path / "3/a.png"], ["3"]) == [(tmp_path / "3/a.png", None)]
+    assert find_images([tmp_path / "3"], ["3"])[0] == (tmp_path / "3/a.png", "3")
     with pytest.raises(ValueError, match="none: no such file"):
         find_images([tmp_path / "none"], [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no file in"):
         find_images([tmp_path / "empty"], [])
+
+
+def test_the_nearest_folder_with_a_classs_name_labels_in_capitals_or_not(tmp_path):
+    for name in ("cat/Dog/from_may/a.png", "CAT/b.png", "plane/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    found = {path.name: label for path, label in find_images([tmp_path], ["cat", "dog"])}
+    assert found == {"a.png": "dog", "b.png": "cat", "c.png": None}
+
+
+def test_a_folder_that_names_no_class_beside_some_that_do_is_named(call, tmp_path, run, half_red):
+    for name in ("3", "three"):
+        (tmp_path / name).mkdir()
+        half_red.save(tmp_path / name / "a.png")
+    status, out, err = call("predict", str(run.path), str(tmp_path))
+    assert status == 0 and "1 labelled" in out
+    assert err.startswith("not scored: three name no class; classes are 0, 1") and len(err) < 200
+    assert call("predict", str(run.path), str(tmp_path / "three"))[2] == ""
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    Image.new("F", (40, 40), 0.5).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="a.tiff: floating-point pixels"):
+        read_image(tmp_path / "a.tiff")
 
 
 def test_logits_are_those_of_the_run(run, digits):
@@ -180,7 +205,7 @@ def test_an_exported_run_says_the_same_in_half_the_bytes(call, tmp_path, monkeyp
     monkeypatch.setattr(predict, "SHIPPED", tmp_path / "shipped")
     words = ("predict", "shipped", str(tmp_path / "3"))
     status, _, err = call(*words)
-    assert status == 2 and "no model is shipped here yet" in err
+    assert status == 2 and "shipped: not a finished run" in err
     status, out, _ = call("export", str(run.path))
     assert status == 0 and out == f"wrote {tmp_path / 'shipped'}\n"
     exported = find_run("shipped")
