@@ -25,20 +25,18 @@ def compare_paired(
     Returns:
         n; accuracy_first and accuracy_second, 0..1; difference (first minus second) with low and
         high of its bootstrap interval (percentiles); only_first and only_second, the images that
-        one alone gets right; p_exact, McNemar's test as an exact binomial one, two-sided; p_chi2,
-        the same with chi-square and continuity correction, good where the two add up to 25 or more.
+        one alone gets right; p_exact, McNemar's test as an exact binomial one, two-sided.
 
     Raises:
         ValueError: the two do not have the same length, or there is nothing in them.
 
-    Source: McNemar, Psychometrika 12 (1947); the correction is Edwards', Psychometrika 13 (1948).
+    Source: McNemar, Psychometrika 12 (1947).
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError(f"first, second: got shapes {a.shape}, {b.shape}; allowed is (N,) twice")
     n, only = len(a), np.array([(a & ~b).sum(), (b & ~a).sum()])
     discordant = int(only.sum())
-    statistic = max(0, abs(int(only[0] - only[1])) - 1) ** 2 / max(1, discordant)
     # Images drawn with replacement fall into three kinds; only how many of each is needed.
     kinds = [*only / n, 1 - discordant / n]
     sample = np.random.default_rng(0).multinomial(n, kinds, size=draws)
@@ -54,5 +52,4 @@ def compare_paired(
         "only_first": int(only[0]),
         "only_second": int(only[1]),
         "p_exact": float(stats.binomtest(int(only[0]), discordant).pvalue) if discordant else 1.0,
-        "p_chi2": float(stats.chi2.sf(statistic, 1)) if discordant else 1.0,
     }

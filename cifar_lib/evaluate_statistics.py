@@ -1,4 +1,4 @@
-"""Comparing recipes over seeds: intervals of differences, their spread, how many seeds it takes.
+"""Runs and seeds: what overfits, intervals of differences, their spread, how many seeds it takes.
 
 Student's t throughout: a bootstrap of three seeds has but ten different resamples, and its
 intervals come out too narrow.
@@ -7,6 +7,7 @@ intervals come out too narrow.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,8 +87,8 @@ def compare_recipes(
         level: confidence level of each interval alone; nothing is corrected for their number.
 
     Returns:
-        A row a variant, in the order of the frame: n, mean, low, high; against, worth, worth_low,
-        worth_high, method and verdict, empty for a reference.
+        A row a variant, in the order of the frame: n, sd (over seeds), mean, low, high; against,
+        worth, worth_low, worth_high, method and verdict, empty for a reference.
     """
     runs = {
         str(name): dict(zip(part["seed"], part[value].astype(float), strict=True))
@@ -97,13 +98,14 @@ def compare_recipes(
     for name, values in runs.items():
         of = mean_interval(list(values.values()), level)
         rows[name] = {"n": of.n} | dict(zip(_OF, (of.mean, of.low, of.high), strict=True))
+        rows[name]["sd"] = np.std(list(values.values()), ddof=1) if of.n > 1 else math.nan
         against = reference.get(name, name)
         if against != name:
             d = difference_interval(values, runs[against], level)
             rows[name] |= {"against": against, "method": d.method, "verdict": d.verdict}
             rows[name] |= dict(zip(_WORTH, (d.mean, d.low, d.high), strict=True))
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table = table.reindex(columns=["n", *_OF, "against", *_WORTH, "method", "verdict"])
+    table = table.reindex(columns=["n", "sd", *_OF, "against", *_WORTH, "method", "verdict"])
     return table.astype(dict.fromkeys([*_OF, *_WORTH], float)).rename_axis("variant")
 
 
@@ -123,6 +125,25 @@ def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100)
         text = f"{worth:+.2f} {unit}{interval} against {row['against']} ({how})"
         lines.append(f"{name}: {text}: {row['verdict']}")
     return lines
+
+
+def overfitting(train: pd.Series, val: pd.Series) -> dict[str, Any]:
+    """Whether a run overfits from the epoch of its lowest validation loss to its last.
+
+    It does if validation loss rose by more than it usually moves between two epochs (`usual`, the
+    median) while training loss fell. A rise alone says nothing: a lowest point always exists.
+
+    Args:
+        train: training loss by epoch, nats; the index is the epoch.
+        val: validation loss, likewise.
+
+    Returns:
+        lowest_at, the epoch; rise and usual, nats; and shown, whether it overfits.
+    """
+    lowest = int(val.to_numpy().argmin())
+    rise, usual = float(val.iloc[-1] - val.iloc[lowest]), float(val.diff().abs().median())
+    shown = rise > usual and bool(train.iloc[-1] < train.iloc[lowest])
+    return {"lowest_at": val.index[lowest], "rise": rise, "usual": usual, "shown": shown}
 
 
 @dataclass(frozen=True)

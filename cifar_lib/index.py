@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 
 from cifar_lib.config import ROOT
-from cifar_lib.execution import duration, training_code_sha256
+from cifar_lib.execution import duration
 from cifar_lib.files import write_atomic
 from cifar_lib.reports import read_summaries, row_of
 
@@ -20,10 +20,7 @@ MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
-NOTES = (
-    "† the training code has changed since; `git_commit` in its summary is the state that ran.",
-    "‡ the machine also ran other work: a bound, not a measured time.",
-)
+SHARED = "‡ the machine also ran other work: a bound, not a measured time."
 
 
 def percent(value: float | None) -> str:
@@ -41,12 +38,11 @@ def accuracy_text(row: dict[str, Any]) -> str:
     )
 
 
-def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) -> str:
+def results_table(summaries: list[dict[str, Any]], link: str) -> str:
     """The Markdown table of all measured experiments.
 
     Args:
         summaries: as `read_summaries` gives them.
-        code_sha256: of today's training code; runs of other code are marked †.
         link: path from the page that holds the table to the reports folder.
     """
     lines = [
@@ -58,7 +54,6 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         row = row_of(summary)
         if not row["n"]:
             continue
-        mark = " †" if row["code_sha256"] != code_sha256 else ""
         shared = " ‡" if row["shared_machine"] else ""
         reported = MISSING
         if row["reported_accuracy"] is not None:
@@ -66,7 +61,7 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
             reported = f"{percent(row['reported_accuracy'])}, {said}"
         name = f"{row['notebook']} / {row['experiment']}"
         cells = [
-            f"[{name}]({link}{summary['path']}/executed.ipynb){mark}",
+            f"[{name}]({link}{summary['path']}/executed.ipynb)",
             f"{row['model']}, {row['parameters'] / 1e6:.2f} M",
             f"{row['data']}, {row['n_train']:,} images",
             accuracy_text(row),
@@ -85,8 +80,9 @@ def results_table(summaries: list[dict[str, Any]], code_sha256: str, link: str) 
         "once, after training, with the weights that validation chose or, without validation "
         "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
         "source study states, on the data it states. Hours: the mean of the seeds that had the "
-        "machine to themselves, if any had.",
-        *(line for note in NOTES if note[0] in "".join(lines) for line in ("", note)),
+        "machine to themselves, if any had. The code that ran: `git_commit` in each summary, "
+        "for every seed.",
+        *(["", SHARED] if SHARED[0] in "".join(lines) else []),
     ]
     return "\n".join(lines)
 
@@ -137,13 +133,15 @@ def generated_files() -> dict[Path, str]:
         the notebooks in `notebooks/`.
     """
     summaries = studies_first(read_summaries(FULL))
-    code = training_code_sha256()
+    # The README has the sources' systems, and our own from stage two on.
+    systems = set(pd.read_csv(ROOT / SYSTEMS)["experiment"])
+    shown = [s for s in summaries if s["path"] in systems or s["notebook"] > "02"]
     files: dict[Path, str] = {}
     for name in ("README.md", "README.ko.md"):
         path = ROOT / name
-        table = results_table(summaries, code, f"{FULL}/")
+        table = results_table(shown, f"{FULL}/")
         files[path] = replace_block(path.read_text(encoding="utf-8"), "results", table, name)
-    files[ROOT / "reports/README.md"] = index_text(summaries, code, "Published reports", "full/")
+    files[ROOT / "reports/README.md"] = index_text(summaries, "Published reports", "full/")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         first = notebook.cells[0]
@@ -161,14 +159,14 @@ def studies_first(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(summaries, key=lambda s: place.get(s["path"], len(place)))
 
 
-def index_text(summaries: list[dict[str, Any]], code_sha256: str, title: str, link: str) -> str:
+def index_text(summaries: list[dict[str, Any]], title: str, link: str) -> str:
     """A page that links every report, with the results table first."""
     lines = [
         f"# {title}",
         "",
         "Generated from the summaries below this folder by `make report`; do not edit.",
         "",
-        results_table(summaries, code_sha256, link),
+        results_table(summaries, link),
         "",
         "## Every report",
         "",
@@ -185,7 +183,7 @@ def index_text(summaries: list[dict[str, Any]], code_sha256: str, title: str, li
 def write_preset_index(preset: str) -> Path:
     """Writes `reports/<preset>/README.md` for a preset that is not published."""
     folder = ROOT / "reports" / preset
-    text = index_text(read_summaries(folder), training_code_sha256(), f"Preset {preset}", "")
+    text = index_text(read_summaries(folder), f"Preset {preset}", "")
     write_atomic(folder / "README.md", text.encode())
     return folder / "README.md"
 

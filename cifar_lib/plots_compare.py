@@ -72,7 +72,9 @@ def accuracy_vs_cost(
     if timed:
         shared = points["shared_machine"].astype(bool)
         ax.plot(x[shared], y[shared], "o", color="white", markersize=4, zorder=4)
-        ax.xaxis.set_major_locator(FixedLocator([n * unit for _, unit in UNITS for n in STEPS]))
+        ax.xaxis.set_major_locator(
+            FixedLocator([n * unit for _, unit in UNITS for n in (1, 3, 10, 30)])
+        )
         ax.xaxis.set_major_formatter(FuncFormatter(duration))
     elif cost == "depth":
         ax.xaxis.set_major_locator(FixedLocator(sorted(set(x))))
@@ -117,7 +119,6 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
     return caption(figure, caption_text)
 
 
-STEPS = (1, 3, 10, 30)
 SCRATCH = "random weights"
 
 

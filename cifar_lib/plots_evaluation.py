@@ -60,18 +60,19 @@ def corruption_curves(tables: Mapping[str, pd.DataFrame], *, caption_text: str =
     """
     names = [n for n in dict.fromkeys(next(iter(tables.values())).corruption) if n != "none"]
     figure, axes = new_figure(5.6, 2, -(-(len(names) + 1) // 2))
-    for (system, table), color in zip(tables.items(), COLORS, strict=False):
+    for i, (system, table) in enumerate(tables.items()):
         rows = table.assign(seed=table.get("seed", 0))
         clean = rows[rows.corruption == "none"]
         corrupted = rows[rows.corruption != "none"]
         label = f"{system}, n = {rows.seed.nunique()}"
+        color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
         for ax, name in zip(axes, [*names, "mean of all"], strict=False):
             chosen = corrupted if name == "mean of all" else corrupted[corrupted.corruption == name]
             by_seed = pd.concat([clean, chosen]).groupby(["severity", "seed"]).accuracy.mean()
             spread = by_seed.groupby("severity").agg(["mean", "min", "max"])
             errors = [spread["mean"] - spread["min"], spread["max"] - spread["mean"]]
             ax.errorbar(spread.index, spread["mean"], np.abs(errors), color=color, label=label)
-            ax.lines[-1].set(marker="o", markersize=4)
+            ax.lines[-1].set(marker="o", markersize=4, linestyle=style)
             ax.set_title(name.replace("_", " ").replace("jpeg", "JPEG"), fontsize=10)
     for ax in axes:
         ax.set(ylim=(0, 1), xticks=range(6))

@@ -8,8 +8,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
-TICKS = [10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000]
-LEAST_TOLD = 0.04  # a smaller share has no room for its number
 PACES = {"ours": BLUE, "conventional": ORANGE}
 
 
@@ -40,7 +38,7 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     ax.invert_yaxis()
     ax.set_xscale("log")
     ax.set_xlim(spans.min() / 1.3, spans.max() * 60)  # room for what the labels say
-    ax.set_xticks([t for t in TICKS if spans.min() <= t <= 2 * spans.max()])
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.minorticks_off()
     ax.set_xlabel("images a second in training (log scale)")
@@ -60,7 +58,8 @@ def shares(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     parts = frame.div(frame.sum(axis=1), axis=0)
     parts.plot.barh(stacked=True, ax=ax, width=0.6, colormap="Set2", legend=False)
     for kind, bars in zip(parts, ax.containers, strict=True):
-        told = [f"{100 * part:.0f}" if part >= LEAST_TOLD else "" for part in parts[kind]]
+        # A share below 4 % has no room for its number.
+        told = [f"{100 * part:.0f}" if part >= 0.04 else "" for part in parts[kind]]
         ax.bar_label(bars, told, label_type="center", fontsize=8)  # type: ignore[arg-type]
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel="share of a training step", ylabel="")

@@ -94,13 +94,16 @@ class Report:
         """
         # The machine is that of the times: `row_of` takes them from the same seeds.
         first = min(runs, key=lambda run: not alone(run.summary["result"])).summary if runs else {}
-        codes = {run.summary["code_sha256"] for run in runs}
         summary = self.head | {
             "config": config.model_dump(mode="json") if config else None,
             "config_fingerprint": first.get("config_fingerprint"),
             "dataset": first.get("dataset") or (asdict(dataset) if dataset else None),
             "model": first.get("model"),
-            "runs": [run.summary["result"] for run in runs],
+            # Each with the code that it is of: the seeds of a report may be of several.
+            "runs": [
+                run.summary["result"] | {k: run.summary[k] for k in ("git_commit", "code_sha256")}
+                for run in runs
+            ],
             "test_accuracy": _interval([r.summary["result"]["test_accuracy"] for r in runs]),
             "test_accuracy_tta": _interval(
                 [r.summary["result"]["test_accuracy_tta"] for r in runs]
@@ -110,7 +113,6 @@ class Report:
             "hardware": first.get("hardware"),
             "environment": first.get("environment") or describe_environment(),
             "git_commit": first.get("git_commit") or git_commit(),
-            "code_sha256": codes.pop() if len(codes) == 1 else ("mixed" if codes else None),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
@@ -151,13 +153,16 @@ def _interval(values: list[float | None]) -> dict[str, Any] | None:
 
 
 def interval_frame(summary: dict[str, Any]) -> pd.DataFrame:
-    """What a report reached: rows by measure; n, mean and 95 % interval over seeds, percent."""
+    """What a report reached: rows by measure; n, sd, mean and 95 % interval, percent."""
     rows = {}
-    top5 = _interval([run.get("test_top5") for run in summary["runs"]])
     for name in ("val_accuracy", "test_accuracy", "test_accuracy_tta", "test_top5"):
-        if interval := top5 if name == "test_top5" else summary[name]:
-            percent = {k: interval[k] and 100 * interval[k] for k in ("mean", "low", "high")}
-            rows[name] = {"n": interval["n"], **percent}
+        percent = [100 * run[name] for run in summary["runs"] if run.get(name) is not None]
+        if percent:
+            rows[name] = {
+                "n": len(percent),
+                "sd": pd.Series(percent).std(),
+                **asdict(mean_interval(percent)),
+            }
     if summary["reported"]:
         name = f"reported by {summary['reported']['by']} on {summary['reported']['on']}"
         rows[name] = {"n": None, "mean": 100 * summary["reported"]["accuracy"]}
@@ -223,7 +228,6 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
         "reported_by": reported.get("by"),
         "reported_on": reported.get("on"),
         "machine": _machine(summary["hardware"]),
-        "code_sha256": summary["code_sha256"],
     }
 
 

@@ -98,7 +98,7 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
 def stage_tables(
     reports_dir: str | Path, table: str, dataset_sha256: str, but: str
 ) -> dict[str, pd.DataFrame]:
-    """Reads a table of each other stage's best report, the best by mean validation accuracy.
+    """Reads a table of each stage's best other report, the best by mean validation accuracy.
 
     Reports without validation images were trained on all, and nothing tells which is best: all
     of them count too.
@@ -107,7 +107,7 @@ def stage_tables(
         reports_dir: from the root of the checkout; may be missing.
         table: the file's name without suffix; reports without it do not count.
         dataset_sha256: of the data; reports of other data do not count.
-        but: the notebook that is left out.
+        but: `notebook/experiment` that is left out.
 
     Returns:
         `notebook/experiment` → the table, in the order of the notebooks.
@@ -118,7 +118,7 @@ def stage_tables(
         notebook, path, val = summary["notebook"], summary["path"], summary["val_accuracy"]
         same_data = (summary["dataset"] or {}).get("sha256") == dataset_sha256
         has_table = (ROOT / reports_dir / path / f"{table}.csv").is_file()
-        counts = notebook != but and same_data and has_table
+        counts = path != but and same_data and has_table
         if counts and val:
             best[notebook] = max(best.get(notebook, (0.0, "")), (val["mean"], path))
         elif counts:

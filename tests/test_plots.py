@@ -310,6 +310,9 @@ def test_corruption_curves_draw_means_over_seeds_and_their_range() -> None:
         everything.lines[0].get_ydata(orig=False), 0.96 - 3 * np.arange(6) / 50
     )
     np.testing.assert_allclose(noise.collections[0].get_segments()[0][:, 1], [0.95, 0.97])
+    many = plots_evaluation.corruption_curves({str(i): corruptions(1) for i in range(9)})
+    curves = [line for line in many.axes[0].lines if len(line.get_xdata()) == 6]
+    assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 9
     one = corruptions().query("seed == 0").drop(columns="seed")
     line = plots_evaluation.corruption_curves({"a": one}).axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(orig=False), 0.95 - np.arange(6) / 50)

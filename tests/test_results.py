@@ -84,10 +84,10 @@ def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path,
     monkeypatch.setattr(reports, "ROOT", tmp_path)
     monkeypatch.setattr(reports_compare, "ROOT", tmp_path)
     data = run.summary["dataset"]["sha256"]
-    assert stage_tables("reports/x", "t", data, but="04") == {}
+    assert stage_tables("reports/x", "t", data, but="04/own") == {}
     for notebook, name, val in (
         ("01", "weak", 0.5), ("01", "strong", 0.7), ("01", "without", 0.9),
-        ("02", "retrained", None), ("03", "other", 0.6), ("04", "own", 0.8),
+        ("02", "retrained", None), ("03", "other", 0.6), ("04", "own", 0.8), ("04", "sibling", 0.3),
     ):  # fmt: skip
         result = run.summary["result"] | {"val_accuracy": val}
         dataset = run.summary["dataset"] | ({"sha256": "0"} if name == "other" else {})
@@ -98,9 +98,9 @@ def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path,
         if name != "without":
             report.table("t", pd.DataFrame({"val": [val]}))
         report.finish(run.config, [changed])
-    found = stage_tables("reports/x", "t", data, but="04")
+    found = stage_tables("reports/x", "t", data, but="04/own")
     # Nothing tells whether one that held no images out is better than another: all stand.
-    assert list(found) == ["01/strong", "02/retrained"]
+    assert list(found) == ["01/strong", "02/retrained", "04/sibling"]
     assert found["01/strong"]["val"].tolist() == [0.7]
 
 
@@ -149,6 +149,6 @@ def test_the_interval_table_says_n_mean_interval_and_what_was_reported(run):
     reported = {"accuracy": 0.8, "by": "study A", "on": "original"}
     frame = reports.interval_frame(report.finish(run.config, [run, run], reported=reported))
     accuracy = round(100 * run.summary["result"]["test_accuracy"], 2)
-    assert list(frame.loc["test_accuracy"]) == [2, accuracy, accuracy, accuracy]
+    assert list(frame.loc["test_accuracy"]) == [2, 0, accuracy, accuracy, accuracy]
     assert frame.loc["reported by study A on original", "mean"] == 80.0
     assert "test_accuracy_tta" not in frame.index

@@ -12,6 +12,7 @@ from cifar_lib.evaluate_statistics import (
     Difference,
     compare_recipes,
     difference_interval,
+    overfitting,
     pooled_spread,
     seeds_needed,
     verdict_lines,
@@ -27,6 +28,20 @@ def test_shared_seeds_are_paired() -> None:
     assert difference.low == pytest.approx(0.02 - half, abs=1e-7)
     assert difference.high == pytest.approx(0.02 + half, abs=1e-7)
     assert (difference.n, difference.method) == (3, "paired by seed")
+
+
+def test_a_run_overfits_where_validation_loss_rises_more_than_it_wavers() -> None:
+    falls = pd.Series([2.0, 1.0, 0.5, 0.2], index=[1, 2, 3, 4])
+    rises = pd.Series([1.5, 1.0, 1.2, 1.5], index=[1, 2, 3, 4])
+    found = overfitting(falls, rises)
+    assert found == {
+        "lowest_at": 2, "rise": pytest.approx(0.5), "usual": pytest.approx(0.3), "shown": True
+    }  # fmt: skip
+    # Up and down by as much as it ends above its lowest point: nothing was shown.
+    assert not overfitting(falls, pd.Series([1.0, 0.8, 1.1, 0.95], index=falls.index))["shown"]
+    # Both losses rise: the run falls apart, it does not overfit.
+    assert not overfitting(falls[::-1].set_axis(falls.index), rises)["shown"]
+    assert not overfitting(falls[:1], rises[:1])["shown"]
 
 
 def test_other_seeds_are_compared_by_welch() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import nbformat
 import pytest
 
 from cifar_lib import study_runs, study_sweep
@@ -136,3 +137,30 @@ def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted, monkey
     parts = [s for s in read_summaries("out", variants=True) if "variant" in s]
     assert [s["path"] for s in parts] == ["s/default", "s/same", "s/slow"]
     assert study_sweep.SAFE_NAME.fullmatch(parts[0]["variant"])
+
+
+@pytest.mark.parametrize(("held_out", "shared"), [("0.2", True), ("0", False)])
+def test_the_notebook_of_choices_takes_a_grid_of_ones_own(
+    tmp_path, monkeypatch, capsys, held_out, shared
+):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    head = TEXT.partition("variants")[0].replace(
+        "epochs: 1", f"epochs: 1, val_fraction: {held_out}"
+    )
+    grid = "grid: {optimizer: [adam, rmsprop], batch_size: [50, 25]}\nseeds: [0, 1]\n"
+    (tmp_path / "own.yaml").write_text(head + grid)
+    notebook = nbformat.read(ROOT / "notebooks/07_choices.ipynb", as_version=4)
+    first, *cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    scope = {}
+    exec(first, scope)  # noqa: S102
+    scope |= {"sweep": str(tmp_path / "own.yaml"), "experiment": "own"}
+    if not shared:
+        with pytest.raises(AssertionError, match="own.yaml, val_fraction: choices are made on val"):
+            exec(cells[0], scope)  # noqa: S102
+        return
+    for source in cells:
+        exec(source, scope)  # noqa: S102
+    base, *others = scope["accuracy"].index
+    assert base == "optimizer=adam,batch_size=50" and len(others) == 3
+    assert set(scope["accuracy"].against.dropna()) == {base}
+    assert "FAILED" not in capsys.readouterr().out
