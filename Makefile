@@ -13,8 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --quiet
 # make bench BENCH_DIR=reports/full/02_speed/benchmarks publishes what was measured.
 BENCH_DIR ?= runs/bench
-# time_to_accuracy.py trains for hours without a GPU, so it is started by hand.
-BENCHMARKS := $(filter-out %/timing.py %/time_to_accuracy.py,$(wildcard benchmarks/*.py))
+# Started by hand: time_to_accuracy.py trains for hours without a GPU, commands.py runs the quick
+# study and the tests anew and replaces reports/quick.
+BY_HAND := %/timing.py %/time_to_accuracy.py %/commands.py
+BENCHMARKS := $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py))
 INSTALLED := $(VENV)/.installed
 # Tests ask no network, and run on one thread: they are tiny, and so do not fight for the cores.
 OFFLINE := CIFAR10_DOWNLOAD=0 OMP_NUM_THREADS=1

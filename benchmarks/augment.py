@@ -45,22 +45,37 @@ class Cutout:
 TENSOR = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 CROP_FLIP = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
 TURN = transforms.RandomAffine(15, scale=(0.9, 1.1), shear=math.degrees(0.1))
-# What is compared: torchvision's transforms, MixUp's alpha, our configuration.
-CASES: dict[str, tuple[list[Any], float, TrainConfig]] = {
+JITTER = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+STILL: dict[str, Any] = {"flip": "none", "translate": 0}
+# What is compared: torchvision's transforms, what it mixes a batch with, our configuration.
+CASES: dict[str, tuple[list[Any], Any, TrainConfig]] = {
     "flip, translation, Cutout, MixUp": (
         [*CROP_FLIP, *TENSOR, Cutout(16)],
-        0.2,
+        v2.MixUp(alpha=0.2, num_classes=10),
         TrainConfig(cutout=16, mixup=0.2),
     ),
     "rotation, affine, flip, translation": (
         [*CROP_FLIP, TURN, *TENSOR],
-        0.0,
+        None,
         TrainConfig(rotate=15.0, affine=0.1),
     ),
     "RandAugment, 2 operations, magnitude 7": (
         [transforms.RandAugment(2, 7), *TENSOR],
-        0.0,
-        TrainConfig(flip="none", translate=0, randaugment_ops=2, randaugment_magnitude=7),
+        None,
+        TrainConfig(**STILL, randaugment_ops=2, randaugment_magnitude=7),
+    ),
+    "colour jitter": ([JITTER, *TENSOR], None, TrainConfig(**STILL, color_jitter=0.4)),
+    "random erasing": (
+        [*TENSOR, transforms.RandomErasing(p=0.5)],
+        None,
+        TrainConfig(**STILL, random_erasing=0.5),
+    ),
+    "CutMix": (TENSOR, v2.CutMix(alpha=1.0, num_classes=10), TrainConfig(**STILL, cutmix=1.0)),
+    # torchvision has no alternating flip; its random one costs as much.
+    "alternating flip": (
+        [transforms.RandomHorizontalFlip(), *TENSOR],
+        None,
+        TrainConfig(flip="alternating", translate=0),
     ),
 }
 
@@ -79,12 +94,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.arrays[index])), index % 10
 
 
-def conventional(loader: DataLoader[Any], alpha: float, device: torch.device) -> Iterator[Tensor]:
-    """One epoch; MixUp, where asked for, as torchvision has it: once a batch."""
-    mixup = v2.MixUp(alpha=alpha, num_classes=10) if alpha else None
+def conventional(loader: DataLoader[Any], mix: Any, device: torch.device) -> Iterator[Tensor]:
+    """One epoch; MixUp and CutMix as torchvision has them: one draw a batch."""
     for images, labels in loader:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        yield mixup(images, labels)[0] if mixup else images
+        yield mix(images, labels)[0] if mix else images
 
 
 def ours(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Iterator[Tensor]:
@@ -118,7 +132,7 @@ def main() -> None:
     resident = images.to(device)
     results: list[dict[str, Any]] = []
     print(f"{'images/s, median (min to max)':40}{'conventional':25}{'ours':33}ratio")
-    for name, (steps, alpha, config) in CASES.items():
+    for name, (steps, mix, config) in CASES.items():
         loader: DataLoader[Any] = DataLoader(
             Images(images, transforms.Compose(steps)),
             batch_size=BATCH,
@@ -129,7 +143,7 @@ def main() -> None:
         )
         theirs, mine = [], []
         for _ in range(options.repeats + 1):
-            theirs.append(images_per_second(conventional(loader, alpha, device), execution))
+            theirs.append(images_per_second(conventional(loader, mix, device), execution))
             mine.append(images_per_second(ours(resident, config, generator), execution))
         both = {"conventional": theirs[1:], "ours": mine[1:]}  # the first epochs warm up
         base, fast = map(statistics.median, both.values())

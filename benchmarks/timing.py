@@ -14,7 +14,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import Execution, choose_execution, describe_environment, describe_hardware
+from cifar_lib.execution import (
+    Execution,
+    choose_execution,
+    describe_environment,
+    describe_hardware,
+    git_commit,
+)
 from cifar_lib.models import STORED_SIZE, build_model
 
 
@@ -111,5 +117,6 @@ def write(out: Path | None, **record: Any) -> None:
         return
     execution = choose_execution(TrainConfig())
     facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
+    record |= {"git_commit": git_commit()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts | record, indent=1) + "\n", "utf-8")

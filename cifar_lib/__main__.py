@@ -91,10 +91,10 @@ def train(
 
     with distributed.joined():
         values = {k: v for k, v in read_yaml(params).items() if k not in REPORT_ONLY}
-        if "variants" in values or "grid" in values:
+        if {"base", "variants", "grid"} & values.keys():
             raise ValueError(
                 f"{params}: a sweep, which a notebook runs: papermill notebooks/07_choices.ipynb "
-                f"runs/out.ipynb -p sweep {params} -p experiment {params.stem}"
+                f"out.ipynb -p sweep {params} -p experiment {params.stem}"
             )
         for assignment in parameter or []:
             name, equals, text = assignment.partition("=")

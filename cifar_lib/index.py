@@ -20,7 +20,6 @@ MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
-SHARED = "‡ the machine also ran other work: a bound, not a measured time."
 
 
 def percent(value: float | None) -> str:
@@ -54,7 +53,6 @@ def results_table(summaries: list[dict[str, Any]], link: str) -> str:
         row = row_of(summary)
         if not row["n"]:
             continue
-        shared = " ‡" if row["shared_machine"] else ""
         reported = MISSING
         if row["reported_accuracy"] is not None:
             said = f"{row['reported_by']} ({row['reported_on']})"
@@ -68,7 +66,7 @@ def results_table(summaries: list[dict[str, Any]], link: str) -> str:
             percent(row["test_accuracy_tta"]),
             percent(row["val_accuracy"]),
             reported,
-            f"{row['train_seconds'] / 3600:.2f}{shared}",
+            f"{row['train_seconds'] / 3600:.2f}" + " ‡" * row["shared_machine"],
             row["machine"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -80,9 +78,8 @@ def results_table(summaries: list[dict[str, Any]], link: str) -> str:
         "once, after training, with the weights that validation chose or, without validation "
         "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
         "source study states, on the data it states. Hours: the mean of the seeds that had the "
-        "machine to themselves, if any had. The code that ran: `git_commit` in each summary, "
-        "for every seed.",
-        *(["", SHARED] if SHARED[0] in "".join(lines) else []),
+        "machine to themselves; where the machine also did other work, the longest, which is a "
+        "bound (‡). The code that ran: `git_commit` in each summary, for every seed.",
     ]
     return "\n".join(lines)
 
@@ -104,9 +101,7 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
             link = f" ([executed](../reports/full/{summary['path']}/executed.ipynb))"
         said = summary["question"]
         if row["n"]:
-            time = duration(row["train_seconds"])
-            if row["shared_machine"]:
-                time = f"at most {duration(max(run['train_seconds'] for run in summary['runs']))}"
+            time = "at most " * row["shared_machine"] + duration(row["train_seconds"])
             said = f"test accuracy {accuracy_text(row)}, {row['data']}, {time} a seed"
         lines.append(f"- **{row['experiment']}**: {said}{link}")
         lines += [f"  - {line}" for line in summary.get("answer", [])]

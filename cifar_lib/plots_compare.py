@@ -19,7 +19,7 @@ from matplotlib.ticker import (
 )
 
 from cifar_lib.execution import UNITS, duration
-from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
+from cifar_lib.plots import BLUE, GREY, ORANGE, PERCENT, Chart, caption, new_figure
 
 COSTS = {
     "train_seconds": "training time of one seed",
@@ -47,7 +47,7 @@ def accuracy_vs_cost(
     """
     if cost not in COSTS:
         raise ValueError(f"cost: got {cost!r}; allowed are {', '.join(COSTS)}")
-    figure, (ax,) = new_figure(4.6)
+    figure, (ax,) = new_figure(5.2)
     points = frame.dropna(subset=[cost, "test_accuracy"])
     if points.empty:
         return caption(figure, caption_text)
@@ -69,21 +69,19 @@ def accuracy_vs_cost(
     ax.margins(y=0.15)
     note = "; white centre: at most, beside other work" if timed else ""
     ax.set(xscale="log", xlabel=f"{COSTS[cost]} (log scale{note})", ylabel="test accuracy")
+    ax.set_yscale("logit")  # a point more means more, the nearer it lies to 100 %
     if timed:
         shared = points["shared_machine"].astype(bool)
         ax.plot(x[shared], y[shared], "o", color="white", markersize=4, zorder=4)
-        ax.xaxis.set_major_locator(
-            FixedLocator([n * unit for _, unit in UNITS for n in (1, 3, 10, 30)])
-        )
-        ax.xaxis.set_major_formatter(FuncFormatter(duration))
+        times = FixedLocator([n * unit for _, unit in UNITS for n in (1, 3, 10, 30)])
+        ax.xaxis.set(major_locator=times, major_formatter=FuncFormatter(duration))
     elif cost == "depth":
         ax.xaxis.set_major_locator(FixedLocator(sorted(set(x))))
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
     else:
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(EngFormatter())
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter())
     ax.minorticks_off()
-    ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    ax.yaxis.set(major_locator=FixedLocator(SHOWN), major_formatter=PERCENT)
     caption(figure, caption_text)
     _name_points(ax, points, cost)
     return figure
@@ -120,6 +118,25 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
 
 
 SCRATCH = "random weights"
+SHOWN = (
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.85,
+    0.9,
+    0.93,
+    0.95,
+    0.97,
+    0.98,
+    0.99,
+)
 
 
 def _errors(points: pd.DataFrame, mean: str) -> npt.NDArray[np.float64]:
@@ -135,5 +152,5 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     told = zip(x, y, points["experiment"], strict=True)
     names = [ax.text(left, top, name, fontsize=9) for left, top, name in told]
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    room = {"expand": (1.3, 2.8), "force_text": (0.1, 0.4), "force_static": (0.3, 0.6)}
+    room = {"expand": (1.3, 2.8), "force_text": (0.1, 0.4), "force_static": (0.6, 1.2)}
     adjust_text(names, x, y, ax=ax, iter_lim=1000, arrowprops=line, **room)

@@ -43,6 +43,7 @@ def reliability_diagram(tables: Mapping[str, pd.DataFrame], *, caption_text: str
         ax.set(title=title, xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
         ax.xaxis.set_major_formatter(PERCENT)
         ax.yaxis.set_major_formatter(PERCENT)
+    axes[0].set_ylabel("accuracy; share of the images")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=9, frameon=False, ncols=2, loc="outside upper left")
     return caption(figure, caption_text)

@@ -205,5 +205,9 @@ def render(frame: pd.DataFrame, score: Score | None, form: str) -> str:
     if totals:
         top1, top5 = (f"{100 * totals[key]:.2f} %" for key in ("top1", "top5"))
         lines += ["", f"{totals['n']} labelled: top-1 {top1}, top-5 {top5}"]
-        lines += [table[["class_name", "n", *SCORES]].round(4).to_string(index=False)]
+        lines += [
+            table[["class_name", "n", *SCORES, "recall_low", "recall_high"]]
+            .round(4)
+            .to_string(index=False)
+        ]
     return "\n".join(lines)

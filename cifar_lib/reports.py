@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -196,13 +197,14 @@ def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict
 
 
 def row_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """One row of the comparison: accuracies in 0..1, times in seconds a seed (mean).
+    """One row of the comparison: accuracies in 0..1, times in seconds a seed.
 
-    Time and load are those of the seeds that had the machine to themselves; if none had
-    (`shared_machine`), of all.
+    The time is the mean of the seeds that had the machine to themselves; if none had
+    (`shared_machine`), that of the longest, a bound. The load is the highest of the same seeds.
     """
     runs, reported = summary["runs"], summary["reported"] or {}
-    timed = list(filter(alone, runs)) or runs
+    quiet = list(filter(alone, runs))
+    seconds = [run["train_seconds"] for run in quiet or runs]
     dataset = summary["dataset"] or {}
     test = summary["test_accuracy"] or {}
     tta, val = summary["test_accuracy_tta"] or {}, summary["val_accuracy"] or {}
@@ -221,9 +223,9 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
         "low": test.get("low"),
         "high": test.get("high"),
         "test_accuracy_tta": tta.get("mean"),
-        "train_seconds": sum(run["train_seconds"] for run in timed) / len(timed) if timed else None,
-        "other_load": max((run.get("other_load", 0.0) for run in timed), default=None),
-        "shared_machine": not any(map(alone, runs)),
+        "train_seconds": fmean(seconds) if quiet else max(seconds, default=None),
+        "other_load": max((run.get("other_load", 0.0) for run in quiet or runs), default=None),
+        "shared_machine": not quiet,
         "reported_accuracy": reported.get("accuracy"),
         "reported_by": reported.get("by"),
         "reported_on": reported.get("on"),

@@ -84,7 +84,7 @@ def read_sweep(path: str | Path, seeds: Sequence[int] = ()) -> Sweep:
         try:
             variants[name] = parse_config(base | changes)
             check_runnable(variants[name])
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: a field that is no string
             raise ValueError(f"{where}, variant {name!r}: {error}") from None
         by_name[name] = list(seeds) or own
     return Sweep(path.stem, question, variants, by_name)

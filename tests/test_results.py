@@ -116,7 +116,7 @@ def test_time_and_machine_are_those_of_undisturbed_seeds(run, tmp_path, monkeypa
 
     busy, calm = seed(0.5, 90.0, "busy"), seed(0.01, 30.0, "calm")
     for seeds, time, shared, machine in (
-        ([busy, calm], 30.0, False, "calm"), ([busy, seed(0.3, 50.0, "b")], 70.0, True, "busy"),
+        ([busy, calm], 30.0, False, "calm"), ([busy, seed(0.3, 50.0, "b")], 90.0, True, "busy"),
     ):  # fmt: skip
         row = row_of(Report("", "01", "x", "x", "What?").finish(run.config, seeds))
         assert (row["train_seconds"], row["shared_machine"]) == (time, shared)
