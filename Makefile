@@ -67,6 +67,7 @@ bench: $(INSTALLED) ## time what benchmarks/ compares, one script after another 
 		$(BIN)/python "$$script" --out "$(BENCH_DIR)/$$(basename "$$script" .py).json"; done
 
 refresh: $(INSTALLED) ## execute the notebooks in place (smoke setting): their compared outputs anew
+	@rm -rf runs/smoke runs/*-smoke runs/*-smoke-search # so that training shows its lines
 	@$(OFFLINE) $(BIN)/jupyter nbconvert --log-level=WARN --to notebook --inplace --execute \
 		--KernelManager.transport_encryption=auto --ExecutePreprocessor.kernel_name=python3 \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
