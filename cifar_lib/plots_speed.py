@@ -38,13 +38,13 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     ax.invert_yaxis()
     ax.set_xscale("log")
     ax.set_xlim(spans.min() / 1.3, spans.max() * 60)  # room for what the labels say
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks = LogLocator(subs=(1, 2, 5)).tick_values(spans.min(), spans.max())
+    ax.set_xticks([t for t in ticks if spans.min() / 1.3 <= t <= 2 * spans.max()])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.minorticks_off()
     ax.set_xlabel("images a second in training (log scale)")
     ax.grid(axis="y", visible=False)
-    caption(figure, caption_text)
-    return figure
+    return caption(figure, caption_text)
 
 
 def shares(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:

@@ -393,6 +393,7 @@ def test_a_ladder_shows_gain_and_loss_and_says_why() -> None:
     )
     (ax,) = plots_speed.ladder(frame, caption_text="c").axes
     said = [text.get_text() for text in ax.texts]
+    assert 50 <= max(ax.get_xticks()) <= 220, "where the labels are, ticks say nothing"
     assert "100, 10 times · faster" in said[1] and "50, 0.5 times · more work" in said[2]
     widths = [bar.get_width() for bar in ax.patches]
     assert widths == [0, 90, -50]
