@@ -153,10 +153,13 @@ def predict(
     names = finished.summary["class_names"]
     readable, pictures, failed = [], [], False
     found = room.find_images(images, names)
-    strays = sorted({file.parent.name for file, label in found if not label})
+    # Files given by name need no label; folders between class folders were meant to have one.
+    strays = sorted({f.parent.name for f, label in found if not label and f not in images})
     if any(label for _, label in found) and strays:
-        said = f"not scored: {', '.join(strays)} name no class; classes are {', '.join(names)}"
-        typer.echo(said, err=True)
+        typer.echo(
+            f"not scored: {', '.join(strays)} name no class; classes are {', '.join(names)}",
+            err=True,
+        )
     for file, label in found:
         try:
             pictures.append(room.read_image(file))

@@ -51,6 +51,8 @@ def accuracy_vs_cost(
     points = frame.dropna(subset=[cost, "test_accuracy"])
     if points.empty:
         return caption(figure, caption_text)
+    # Intervals of few seeds reach beyond what can be; on a logit scale 0 and 1 lie nowhere.
+    points = points.assign(**points[["test_accuracy", "low", "high"]].clip(0.001, 0.999))
     x, y = points[cost].to_numpy(), points["test_accuracy"].to_numpy()
     ax.errorbar(x, y, yerr=_errors(points, "test_accuracy"), fmt="none", ecolor=GREY, capsize=3)
     timed = cost == "train_seconds"

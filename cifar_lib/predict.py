@@ -52,9 +52,8 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
         for file in inside:
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             if (file.is_file() or file.is_symlink()) and not file.is_dir() and not hidden:
-                around = [f.name for f in file.parents if path.is_dir() and f.is_relative_to(path)]
-                labels = (known.get(name.casefold()) for name in around)
-                found.append((file, next(filter(None, labels), None)))
+                around = (f.name.casefold() for f in file.parents if f.is_relative_to(path))
+                found.append((file, next(filter(None, map(known.get, around)), None)))
     if not found:
         raise ValueError(f"no file in {', '.join(map(str, paths))}")
     return found

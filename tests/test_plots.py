@@ -257,6 +257,16 @@ def test_labels_cover_neither_each_other_nor_another_point() -> None:
     assert all(inside.containsx(b.x0) and inside.containsx(b.x1) for b in boxes)
 
 
+def test_accuracies_and_intervals_at_the_ends_of_the_scale_hide_no_point() -> None:
+    columns = ["experiment", "test_accuracy", "low", "high", "parameters", "weights"]
+    rows = [("all", 1.0, 0.9, 1.1, 1e5, None), ("wide", 0.5, -0.2, 1.2, 1e6, None)]
+    (ax,) = plots_compare.accuracy_vs_cost(pd.DataFrame(rows, columns=columns), "parameters").axes
+    low, high = ax.get_ylim()
+    (drawn,) = [c for c in ax.collections if isinstance(c, PathCollection)]
+    assert 0 < low < 0.5 < high < 1
+    assert all(low < y < high for y in drawn.get_offsets()[:, 1])
+
+
 def test_a_chart_of_nothing_measured_is_empty_not_an_error() -> None:
     (ax,) = plots_compare.accuracy_vs_cost(comparison().tail(1)).axes
     assert len(ax.texts) == 0

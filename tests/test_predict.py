@@ -125,6 +125,8 @@ def test_a_folder_that_names_no_class_beside_some_that_do_is_named(call, tmp_pat
     assert status == 0 and "1 labelled" in out
     assert err.startswith("not scored: three name no class; classes are 0, 1") and len(err) < 200
     assert call("predict", str(run.path), str(tmp_path / "three"))[2] == ""
+    given = (str(tmp_path / "3"), str(tmp_path / "three/a.png"))
+    assert call("predict", str(run.path), *given)[2] == "", "a file given by name needs no label"
 
 
 def test_pixels_of_unknown_range_are_refused(tmp_path):
