@@ -139,28 +139,48 @@ def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted, monkey
     assert study_sweep.SAFE_NAME.fullmatch(parts[0]["variant"])
 
 
-@pytest.mark.parametrize(("held_out", "shared"), [("0.2", True), ("0", False)])
-def test_the_notebook_of_choices_takes_a_grid_of_ones_own(
-    tmp_path, monkeypatch, capsys, held_out, shared
-):
+@pytest.fixture
+def choices(tmp_path, monkeypatch):
+    """Runs the notebook of choices, cell by cell, on a sweep of one's own; returns its names."""
     monkeypatch.setattr(study_runs, "ROOT", tmp_path)
-    head = TEXT.partition("variants")[0].replace(
-        "epochs: 1", f"epochs: 1, val_fraction: {held_out}"
-    )
-    grid = "grid: {optimizer: [adam, rmsprop], batch_size: [50, 25]}\nseeds: [0, 1]\n"
-    (tmp_path / "own.yaml").write_text(head + grid)
     notebook = nbformat.read(ROOT / "notebooks/07_choices.ipynb", as_version=4)
     first, *cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    scope = {}
-    exec(first, scope)  # noqa: S102
-    scope |= {"sweep": str(tmp_path / "own.yaml"), "experiment": "own"}
-    if not shared:
-        with pytest.raises(AssertionError, match="own.yaml, val_fraction: choices are made on val"):
-            exec(cells[0], scope)  # noqa: S102
-        return
-    for source in cells:
-        exec(source, scope)  # noqa: S102
-    base, *others = scope["accuracy"].index
+
+    def run(text: str) -> dict:
+        (tmp_path / "own.yaml").write_text(text)
+        scope = {}
+        exec(first, scope)  # noqa: S102
+        scope |= {"sweep": str(tmp_path / "own.yaml"), "experiment": "own"}
+        for source in cells:
+            exec(source, scope)  # noqa: S102
+        return scope
+
+    return run
+
+
+BASE = TEXT.partition("variants")[0]
+GRID = "grid: {optimizer: [adam, rmsprop], batch_size: [50, 25]}\nseeds: [0, 1]\n"
+
+
+def test_the_notebook_of_choices_takes_a_grid_of_ones_own(choices, capsys):
+    accuracy = choices(BASE.replace("epochs: 1", "epochs: 1, val_fraction: 0.2") + GRID)["accuracy"]
+    base, *others = accuracy.index
     assert base == "optimizer=adam,batch_size=50" and len(others) == 3
-    assert set(scope["accuracy"].against.dropna()) == {base}
+    assert set(accuracy.against.dropna()) == {base}
     assert "FAILED" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BASE.replace("epochs: 1", "epochs: 1, val_fraction: 0") + GRID, "val_fraction: choices"),
+        (
+            BASE + "variants: {default: , 'batch_size=25,epochs=2': {batch_size: 25, epochs: 2}}\n",
+            "by the one thing it changes",
+        ),
+        (BASE + "variants: {default: , batch_size=25: {batch_size: 20}}\n", "by the one thing"),
+    ],
+)
+def test_the_notebook_of_choices_refuses_what_it_cannot_answer(choices, text, said):
+    with pytest.raises(AssertionError, match=f"own.yaml.*{said}"):
+        choices(text)
