@@ -116,7 +116,10 @@ def write(out: Path | None, **record: Any) -> None:
     if out is None:
         return
     execution = choose_execution(TrainConfig())
-    facts = {"hardware": describe_hardware(execution), "environment": describe_environment()}
-    record |= {"git_commit": git_commit()}
+    facts = {
+        "hardware": describe_hardware(execution),
+        "environment": describe_environment(),
+        "git_commit": git_commit(),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts | record, indent=1) + "\n", "utf-8")

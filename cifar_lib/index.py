@@ -149,8 +149,7 @@ def generated_files() -> dict[Path, str]:
 
 def studies_first(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The experiments of the source studies in their order, then our own."""
-    systems = pd.read_csv(ROOT / SYSTEMS)["experiment"].tolist()
-    place = {name: i for i, name in enumerate(systems)}
+    place = {name: i for i, name in enumerate(pd.read_csv(ROOT / SYSTEMS)["experiment"])}
     return sorted(summaries, key=lambda s: place.get(s["path"], len(place)))
 
 

@@ -65,6 +65,11 @@ def prediction_table(runs: list[Run], test: ImageSet) -> pd.DataFrame:
     return pd.DataFrame({"label": test.labels.numpy()} | answers)
 
 
+def right_answers(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Which answers of a `prediction_table` are right: bool, a column a seed."""
+    return predictions.drop(columns="label").eq(predictions["label"], axis="index")
+
+
 def stage_checks(
     runs: list[Run],
     seeds: list[int],

@@ -10,6 +10,7 @@ from cifar_lib.predict_stage import (
     calibration_verdict,
     corruption_table,
     prediction_table,
+    right_answers,
     stage_checks,
 )
 from cifar_lib.train import train
@@ -30,6 +31,8 @@ def test_every_run_stands_in_every_table(runs, digits):
     for run in runs:
         right = predictions.label == predictions[f"seed_{run.seed}"]
         assert right.mean() == pytest.approx(run.summary["result"]["test_accuracy"])
+        assert right_answers(predictions)[f"seed_{run.seed}"].equals(right)
+    assert list(right_answers(predictions)) == ["seed_0", "seed_1"]
     corruptions = corruption_table(runs, digits.test, 50)
     assert len(corruptions) == 2 * 26 and set(corruptions.n) == {50}
     assert all(stage_checks(runs, [0, 1], digits, calibration, corruptions).values())
