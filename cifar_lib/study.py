@@ -40,8 +40,8 @@ def study(
 ) -> list[Experiment]:
     """Runs a preset: every experiment that is not up to date, one after the other.
 
-    With Ray or more than one job all missing runs are trained first, a sweep's search among
-    them, and the notebooks find them finished; else each notebook trains its own. A failing run
+    With Ray, more than one job or force all that is missing is trained first, a sweep's search
+    among it, and the notebooks find it finished; else each notebook trains its own. A failing run
     or experiment does not stop the others.
 
     Args:
@@ -76,7 +76,7 @@ def study(
         f"preset {preset}: {len(experiments)} experiments, about {duration(60 * left)} on two "
         "cores if none is up to date"
     )
-    beforehand = engine == "ray" or (jobs or 1) > 1
+    beforehand = engine == "ray" or (jobs or 1) > 1 or force
     lost: dict[str, str] = {}
     if beforehand and (tasks := _tasks_to_train(experiments, force)):
         workers: Engine = (
@@ -111,8 +111,6 @@ def study(
         say(f"{head}: running, about {duration(60 * minutes)} left for all")
         began = time.perf_counter()
         try:
-            for task in tasks_of([experiment]) if force and not beforehand else ():
-                forget(task.folder)
             execute(experiment, key, console)
         except Exception as error:  # whatever it was, the others still run
             notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
@@ -135,10 +133,11 @@ def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     for experiment in experiments:
         with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
             if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
-                found = {task.folder.name: task for task in tasks_of([experiment])} | found
-    tasks = list(found.values())
+                tasks = tasks_of([experiment])
+                tasks = tasks if force else missing(tasks)
+                found = {task.folder.name: task for task in tasks} | found
     os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
-    return tasks if force else missing(tasks)
+    return list(found.values())
 
 
 def _last_line(error: Exception) -> str:

@@ -24,8 +24,9 @@ from filelock import FileLock
 
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import load_dataset, load_splits
+from cifar_lib.reports_runs import published_runs
 from cifar_lib.study_experiments import Experiment
-from cifar_lib.study_runs import complete_run, find_folder, finished_run
+from cifar_lib.study_runs import FRESH, complete_run, find_folder, finished_run
 
 RETRIES = 3
 """How often a run is tried again whose worker died; a run that fails is not."""
@@ -40,6 +41,7 @@ class Task:
     config: TrainConfig
     seed: int
     folder: Path
+    of_sweep: bool = False
 
 
 class Engine(Protocol):
@@ -69,14 +71,24 @@ def tasks_of(experiments: Sequence[Experiment]) -> list[Task]:
             if data not in sha256:
                 sha256[data] = load_dataset(*data)[0].info.sha256
             folder = find_folder(experiment.name, seed, config.fingerprint(sha256[data]))
-            task = Task(label, experiment.preset, config, seed, folder)
+            sweep = "sweep" in experiment.parameters
+            task = Task(label, experiment.preset, config, seed, folder, sweep)
             tasks.setdefault(folder.name, task)
     return list(tasks.values())
 
 
 def missing(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks whose run is not finished, or has to be repeated under its preset."""
-    return [task for task in tasks if finished_run(task.folder, task.preset) is None]
+    """The tasks whose run is not finished, or has to be repeated under its preset.
+
+    Of a sweep's runs the figures are enough, as `reports/full` tells them.
+    """
+    figures = published_runs() if any(task.of_sweep for task in tasks) else {}
+    return [
+        task
+        for task in tasks
+        if finished_run(task.folder, task.preset) is None
+        and not (task.of_sweep and task.preset not in FRESH and task.folder.name in figures)
+    ]
 
 
 def train_tasks(

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from cifar_lib.checkpoint import hold, remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.execution import training_code_sha256
-from cifar_lib.files import plain_name
+from cifar_lib.files import plain_name, shown
 from cifar_lib.train import check_runnable, train
 
 RUNS = "runs"
@@ -34,6 +34,7 @@ def runs(
     progress: bool | None = None,
     force: bool = False,
     label: str = "",
+    published: Mapping[str, results.Run] | None = None,
 ) -> list[results.Run]:
     """Returns the finished runs of a configuration, training those that are missing.
 
@@ -47,6 +48,8 @@ def runs(
         progress: whether to show a bar; None shows it in a terminal and in JupyterLab.
         force: train even where a finished run exists.
         label: stands before every line that is printed, not in the log.
+        published: runs that count as finished where their folder is not here, as
+            `published_runs` finds them; for whoever needs neither weights nor logits.
 
     Returns:
         The runs in the order of `seeds`.
@@ -65,6 +68,10 @@ def runs(
         folder = distributed.on_main(partial(find_folder, experiment, seed, fingerprint))
         if force:
             distributed.on_main(partial(forget, folder))
+        if published and folder.name in published and not results.is_finished(folder):
+            finished.append(published[folder.name])
+            print(f"{label}, seed {seed}: as {shown(finished[-1].path)} tells")
+            continue
         bar = _wants_bar(progress)
         finished.append(complete_run(folder, config, seed, splits, preset, label, bar))
     return finished

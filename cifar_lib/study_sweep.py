@@ -10,7 +10,8 @@ from typing import Any
 from cifar_lib import results
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 from cifar_lib.data import Splits, load_splits
-from cifar_lib.study_runs import check_seeds, runs
+from cifar_lib.reports_runs import published_runs
+from cifar_lib.study_runs import FRESH, check_seeds, runs
 from cifar_lib.train import check_runnable
 
 REPORT_ONLY = (
@@ -96,19 +97,17 @@ def search_of(path: str | Path) -> Sweep | None:
     return read_sweep(beside) if (ROOT / beside).is_file() else None
 
 
-def sweep_runs(
-    sweep: Sweep, *, preset: str = "full", progress: bool | None = None, force: bool = False
-) -> dict[str, list[results.Run]]:
+def sweep_runs(sweep: Sweep, *, preset: str = "full") -> dict[str, list[results.Run]]:
     """Returns the finished runs of every variant, training those that are missing.
 
     All runs of a sweep lie in one folder, `runs/<sweep>/`, and a finished run is found again
     wherever it lies below `runs/`: what two variants or two sweeps have in common is trained once.
+    What `reports/full` tells of a run that is not here is not trained again either: such a run has
+    its figures, not its weights. So a sweep grows by a variant or a seed on any machine.
 
     Args:
         sweep: as `read_sweep` gives it.
         preset: as in :func:`cifar_lib.study_runs.runs`.
-        progress: likewise.
-        force: likewise.
 
     Returns:
         By variant its runs, in the order of its seeds.
@@ -118,26 +117,22 @@ def sweep_runs(
     """
     splits: dict[tuple[Any, ...], Splits] = {}
     finished: dict[str, list[results.Run]] = {name: [] for name in sweep.variants}
-    same: dict[str, results.Run] = {}  # variants may share a run; forced, it is trained once too
+    published = {} if preset in FRESH else published_runs()
     failed = []
     for name, c, seed in sweep.pairs:
         data = (c.dataset, c.data_dir, c.val_fraction, c.n_train, c.split_seed)
         if data not in splits:
             splits[data] = load_splits(c)
-        key = f"{seed}-{c.fingerprint(splits[data].info.sha256)}"
         try:
-            if key not in same:
-                (same[key],) = runs(
-                    c,
-                    [seed],
-                    experiment=sweep.name,
-                    preset=preset,
-                    splits=splits[data],
-                    progress=progress,
-                    force=force,
-                    label=name,
-                )
-            finished[name].append(same[key])
+            finished[name] += runs(
+                c,
+                [seed],
+                experiment=sweep.name,
+                preset=preset,
+                splits=splits[data],
+                label=name,
+                published=published,
+            )
         except (ValueError, ArithmeticError, RuntimeError) as error:
             failed.append(f"{name}, seed {seed}: {error}")
     if failed:

@@ -1,5 +1,6 @@
 """Engines: every missing run once, whatever dies; the others run where one fails."""
 
+import dataclasses
 import io
 import re
 import socket
@@ -202,6 +203,26 @@ def test_a_study_trains_its_sweeps_beforehand_and_each_run_once(swept):
     assert said.count(" epoch 1/1") == 5 and "swept/good: done in" in said
     failed, said = run_study(only="*/good", n_seeds=3)
     assert said.count(" epoch 1/1") == 4  # seed 2 of three variants, seed 1 of the third
+
+
+def test_an_engine_leaves_a_sweeps_published_runs_alone(swept, monkeypatch):
+    (swept / "params/study.yaml").write_text(
+        "presets:\n  own:\n    - {notebook: swept, params: toy/good.yaml}\n"
+        "    - {notebook: toy, params: toy/one.yaml}\n"  # it needs its weights
+    )
+    experiments = study.load_preset("own")
+    every = tasks_of(experiments)
+    monkeypatch.setattr(
+        study_engine, "published_runs", lambda: {task.folder.name: None for task in every[1:]}
+    )
+    assert [task.of_sweep for task in every] == 5 * [True] + [False]
+    assert missing(every) == [every[0], every[-1]]
+    quick = [dataclasses.replace(task, preset="quick") for task in every]
+    assert missing(quick) == quick
+    assert [task.label for task in study._tasks_to_train(experiments, force=False)] == [
+        every[-1].label,
+        every[0].label,
+    ]
 
 
 def test_a_failed_run_is_one_line_and_its_sweep_alone_is_not_executed(swept):

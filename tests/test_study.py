@@ -291,6 +291,7 @@ def test_finished_runs_are_returned_and_only_quick_follows_the_code(
 
 def test_forcing_a_study_forgets_its_own_runs_alone(checkout, monkeypatch):
     monkeypatch.setattr(study, "execute", lambda *_: None)
+    monkeypatch.setattr(study, "train_tasks", lambda *_: {})
     (experiment,) = load_preset("quick", "toy/one")
     sha256 = load_dataset("digits")[0].info.sha256
     mine = experiment.config.fingerprint(sha256)

@@ -1,14 +1,18 @@
-"""A sweep file: read whole and checked whole, what two variants share is trained once."""
+"""A sweep file: read whole and checked whole; what is shared or published is trained once."""
 
 import dataclasses
+import shutil
 
 import nbformat
+import pandas as pd
 import pytest
 
-from cifar_lib import study_runs, study_sweep
+from cifar_lib import reports, reports_runs, study_runs, study_sweep
 from cifar_lib import train as train_module
 from cifar_lib.config import ROOT
 from cifar_lib.reports import Report, read_summaries
+from cifar_lib.reports_runs import published_runs
+from cifar_lib.results import metrics_frame, results_frame
 from cifar_lib.study_sweep import read_sweep, sweep_runs
 
 SMOKE = "tests/fixtures/sweeps/smoke.yaml"
@@ -74,7 +78,8 @@ def test_a_base_may_be_a_parameter_file(tmp_path):
 @pytest.fixture
 def counted(tmp_path, monkeypatch):
     """Runs lie in a folder of the test's; every epoch that is trained is counted."""
-    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    for room in (study_runs, reports, reports_runs):
+        monkeypatch.setattr(room, "ROOT", tmp_path)
     epochs, real = [], train_module.train_epoch
 
     def train_epoch(state, *rest):
@@ -104,8 +109,6 @@ def test_what_variants_and_sweeps_share_is_trained_once(tmp_path, counted, capsy
     assert first["default"][0].path == first["same"][0].path != first["slow"][0].path
     assert "slow: seed 0 epoch 1/1" in capsys.readouterr().out
     assert sweep_runs(two)["slow"][0].path == first["slow"][0].path and len(counted) == 2
-    sweep_runs(two, force=True)
-    assert len(counted) == 4
 
 
 def test_what_is_trained_on_other_data_is_not_shared(tmp_path, counted, monkeypatch, digits):
@@ -125,8 +128,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, counted):
     assert len(list(tmp_path.glob("runs/s/*/summary.json"))) == 2
 
 
-def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr("cifar_lib.reports.ROOT", tmp_path)
+def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted):
     (tmp_path / "s.yaml").write_text(TEXT)
     runs = sweep_runs(read_sweep(tmp_path / "s.yaml"))
     table = Report("out/s", "06_x", "s", "full", "Q?").finish_sweep(runs)
@@ -137,6 +139,51 @@ def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted, monkey
     parts = [s for s in read_summaries("out", variants=True) if "variant" in s]
     assert [s["path"] for s in parts] == ["s/default", "s/same", "s/slow"]
     assert study_sweep.SAFE_NAME.fullmatch(parts[0]["variant"])
+
+
+@pytest.fixture
+def published(tmp_path, counted):
+    """A sweep whose report is published and whose runs are gone, as in a fresh clone."""
+    (tmp_path / "s.yaml").write_text(TEXT.replace("{learning_rate: 0.001}", "{translate: 1}"))
+    runs = sweep_runs(read_sweep(tmp_path / "s.yaml", seeds=[0, 1]))
+    Report("reports/full/06_x/s", "06_x", "s", "full", "Q?").finish_sweep(runs)
+    shutil.rmtree(tmp_path / "runs")
+    counted.clear()
+    return runs
+
+
+def test_what_a_published_report_tells_is_not_trained_again(tmp_path, published, counted, capsys):
+    sweep = read_sweep(tmp_path / "s.yaml", seeds=[0, 1])
+    again = sweep_runs(sweep)
+    assert not counted and "06_x/s/slow tells" in capsys.readouterr().out
+    for name, runs in published.items():
+        for frame in (metrics_frame, results_frame):
+            told = frame(again[name]).drop(columns=["git_commit", "code_sha256"], errors="ignore")
+            pd.testing.assert_frame_equal(told, frame(runs), check_dtype=False)
+    told = Report("out", "06_x", "s", "full", "Q?").finish_sweep(again)
+    pd.testing.assert_frame_equal(
+        told, Report("", "06_x", "s", "full", "Q?").finish_sweep(published)
+    )
+    sweep_runs(read_sweep(tmp_path / "s.yaml", seeds=[0, 1, 2]))
+    assert [seed for *_, seed in counted] == [2, 2]  # the third variant is the first's twin
+
+
+@pytest.mark.parametrize("preset", ["quick", "smoke"])
+def test_where_the_code_counts_published_figures_do_not(tmp_path, published, counted, preset):
+    sweep_runs(read_sweep(tmp_path / "s.yaml"), preset=preset)
+    assert len(counted) == 2
+
+
+def test_a_run_that_is_here_comes_before_its_published_figures(tmp_path, published, counted):
+    sweep = read_sweep(tmp_path / "s.yaml")
+    sweep_runs(sweep, preset="quick")
+    assert sweep_runs(sweep)["default"][0].path.is_relative_to(tmp_path / "runs")
+
+
+def test_a_report_without_its_history_is_named(tmp_path, published):
+    (tmp_path / "reports/full/06_x/s/slow/metrics.csv").unlink()
+    with pytest.raises(ValueError, match=r"s/slow: broken report: .*metrics.csv.*run its notebook"):
+        published_runs()
 
 
 @pytest.fixture
