@@ -1,45 +1,79 @@
 """Published runs: of each seed in a report its figures, so that nobody has to train it again."""
 
+import json
+import logging
 from pathlib import Path
 
 import pandas as pd
 
 from cifar_lib.config import ROOT, TrainConfig, parse_config
-from cifar_lib.reports import read_summaries
+from cifar_lib.reports import Report
 from cifar_lib.results import Run
+
+logger = logging.getLogger(__name__)
 
 
 def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
     """Reads every run of the reports below a folder, those of a sweep's variants too.
 
     A run found so has its configuration, history and figures; neither weights nor logits, for its
-    `path` is the report's folder. Of its hardware only what the report names is known.
+    `path` is the report's folder. Of its hardware only what the report names is known. A broken
+    report tells nothing; a warning names it.
 
     Args:
-        reports_dir: from the root of the checkout; may be missing.
+        reports_dir: from the root of the checkout, or absolute; may be missing.
 
     Returns:
         By the name that the folder of such a run has, `<seed>-<config fingerprint>`.
-
-    Raises:
-        ValueError: a summary or its history is broken; names the file.
     """
     found: dict[str, Run] = {}
-    for summary in read_summaries(reports_dir, variants=True):
-        if not summary["runs"]:
-            continue
-        path = ROOT / reports_dir / summary["path"]
+    for path in sorted((ROOT / reports_dir).glob("**/summary.json")):
         try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            if not summary["runs"]:
+                continue
             # A field that was deleted since leaves a fingerprint that nobody asks for.
             known = summary["config"].keys() & TrainConfig.model_fields.keys()
             config = parse_config({key: summary["config"][key] for key in known})
-            history = dict(tuple(pd.read_csv(path / "metrics.csv").groupby("seed")))
+            history = dict(tuple(pd.read_csv(path.with_name("metrics.csv")).groupby("seed")))
             for result in summary["runs"]:
-                name = f"{result['seed']}-{summary['config_fingerprint']}"
-                facts = summary | result | {"result": result}
-                found[name] = Run(path, config, result["seed"], history[result["seed"]], facts)
+                seed, facts = result["seed"], summary | result | {"result": result}
+                name = f"{seed}-{summary['config_fingerprint']}"
+                found[name] = Run(path.parent, config, seed, history[seed], facts)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: broken report: {type(error).__name__}: {error}; run its notebook again"
-            ) from None
+            logger.warning("%s: broken (%r), so it tells of no run", path, error)
     return found
+
+
+def keep_other_seeds(new: Path, old: Path) -> None:
+    """Adds to a new report of one configuration what the old one tells of its other seeds.
+
+    So the seeds of a report may come from several machines, one after the other: each counts in
+    the summary's means and intervals, and in every table that has a row or a column for each seed.
+    Figures and what the notebook says are of the seeds that it was executed with; the first line
+    of the summary's `answer` says which are not among them.
+
+    Args:
+        new: the folder of the report just executed; changed in place.
+        old: that of the report it replaces; may be missing.
+    """
+    here = {run.seed: run for run in published_runs(new).values() if run.path == new}
+    alike = {run.summary["config_fingerprint"] for run in here.values()}
+    before = published_runs(old).values()
+    told = {run.seed: run for run in before if run.summary["config_fingerprint"] in alike}
+    seeds = sorted(told.keys() - here.keys())
+    if not seeds:
+        return
+    summary = json.loads((new / "summary.json").read_text(encoding="utf-8"))
+    head = ("notebook", "experiment", "preset", "question")
+    report = Report(str(new), *map(summary.get, head))
+    for path in filter(lambda path: (old / path.name).is_file(), new.glob("*.csv")):
+        frame, earlier = pd.read_csv(path), pd.read_csv(old / path.name)
+        if "seed" in frame:
+            frame = pd.concat([earlier[earlier["seed"].isin(seeds)], frame])
+        columns = [f"seed_{seed}" for seed in seeds if f"seed_{seed}" in earlier]
+        report.table(path.stem, frame.assign(**earlier[columns]))
+    note = f"seeds {', '.join(map(str, seeds))} as an earlier report tells; else of the others"
+    runs = [run for _, run in sorted((told | here).items())]
+    answer = [note, *summary["answer"]]
+    report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)

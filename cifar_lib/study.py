@@ -19,6 +19,7 @@ from cifar_lib.study_execute import (
     is_up_to_date,
     log_path,
     scratch_folder,
+    without_told_seeds,
 )
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_ray import RayEngine
@@ -111,7 +112,7 @@ def study(
         say(f"{head}: running, about {duration(60 * minutes)} left for all")
         began = time.perf_counter()
         try:
-            execute(experiment, key, console)
+            execute(experiment if force else without_told_seeds(experiment), key, console)
         except Exception as error:  # whatever it was, the others still run
             notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
             log = log_path(experiment).relative_to(ROOT)
@@ -133,8 +134,8 @@ def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     for experiment in experiments:
         with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
             if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
-                tasks = tasks_of([experiment])
-                tasks = tasks if force else missing(tasks)
+                asked = experiment if force else without_told_seeds(experiment)
+                tasks = tasks_of([asked]) if force else missing(tasks_of([asked]))
                 found = {task.folder.name: task for task in tasks} | found
     os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
     return list(found.values())

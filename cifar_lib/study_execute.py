@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,9 +19,11 @@ from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
 from cifar_lib.files import hash_files
 from cifar_lib.index import ANSWER, answer, replace_block
+from cifar_lib.reports_runs import keep_other_seeds, published_runs
+from cifar_lib.results import is_finished
 from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment
-from cifar_lib.study_runs import RUNS
+from cifar_lib.study_runs import FRESH, RUNS
 
 FILES = ("sweep", "systems", "reported_curve")
 """Parameters that name a file, from the root of the checkout."""
@@ -67,6 +70,20 @@ def is_up_to_date(experiment: Experiment, key: str) -> bool:
     except (OSError, ValueError):
         return False
     return bool(summary.get("input_key") == key)
+
+
+def without_told_seeds(experiment: Experiment) -> Experiment:
+    """The experiment with those seeds alone that its report does not tell, or whose run is here.
+
+    What is told of the others stays in the report: see `reports_runs.keep_other_seeds`. With no
+    seed left, of a sweep, and where today's code has to be shown, the experiment as it is.
+    """
+    if "sweep" in experiment.parameters or experiment.preset in FRESH:
+        return experiment
+    told = published_runs(experiment.destination)
+    tasks = tasks_of([experiment])
+    left = [t.seed for t in tasks if t.folder.name not in told or is_finished(t.folder)]
+    return replace(experiment, seeds=left or experiment.seeds)
 
 
 def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> None:
@@ -162,6 +179,8 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
     path = scratch / "summary.json"
     if not path.is_file():
         raise RuntimeError(f"{scratch.relative_to(ROOT)}: the notebook wrote no summary.json")
+    if experiment.preset not in FRESH:
+        keep_other_seeds(scratch, experiment.destination)
     summary = json.loads(path.read_text()) | {"input_key": key}
     path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     executed = scratch / "executed.ipynb"

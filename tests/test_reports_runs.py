@@ -1,0 +1,83 @@
+"""Published runs: what a report tells of each seed, and how its seeds come together."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+from cifar_lib import reports, reports_runs, results, study_execute, study_experiments, study_runs
+from cifar_lib.predict_stage import calibration_table, prediction_table
+from cifar_lib.reports import Report
+from cifar_lib.reports_runs import keep_other_seeds, published_runs
+from cifar_lib.study_execute import without_told_seeds
+from cifar_lib.study_experiments import Experiment
+from cifar_lib.study_runs import runs
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch, digits, tiny):
+    """Executes a report with some seeds, as a stage's notebook does; returns its summary."""
+    for room in (study_runs, study_execute, study_experiments, reports, reports_runs):
+        monkeypatch.setattr(room, "ROOT", tmp_path)
+
+    def publish(folder: str, seeds: list[int], **changes) -> dict:
+        config = tiny(epochs=1, **changes)
+        finished = runs(config, seeds, experiment="e", splits=digits)
+        report = Report(folder, "03_x", "e", "full", "Q?")
+        report.table("predictions", prediction_table(finished, digits.test))
+        report.table("calibration", calibration_table(finished, digits))
+        report.table("per_class", pd.DataFrame({"class_name": ["a"], "recall": [0.5]}))
+        reported = {"accuracy": 0.9, "by": "D", "on": "test"}
+        return report.finish(config, finished, reported=reported, answer=["as found"])
+
+    return publish
+
+
+def told(summary: dict) -> dict:
+    """What a summary says but for the moment and the answer."""
+    return {k: v for k, v in summary.items() if k not in ("finished_at", "answer", "experiment")}
+
+
+def test_seeds_of_two_executions_make_one_report(tmp_path, publish):
+    whole = publish("whole", [0, 1, 2])
+    publish("old", [2, 0])
+    publish("new", [1])
+    keep_other_seeds(tmp_path / "new", tmp_path / "old")
+    (summary,) = reports.read_summaries("new")
+    del summary["path"]
+    assert told(summary) == told(whole) and summary["test_accuracy"]["n"] == 3
+    assert summary["answer"] == [
+        "seeds 0, 2 as an earlier report tells; else of the others",
+        "as found",
+    ]
+    for name in ("metrics", "predictions", "calibration", "per_class"):
+        joined, at_once = (pd.read_csv(tmp_path / d / f"{name}.csv") for d in ("new", "whole"))
+        order = ["seed"] if "seed" in joined else []
+        joined = joined.sort_values(order, kind="stable", ignore_index=True) if order else joined
+        pd.testing.assert_frame_equal(joined[at_once.columns], at_once)
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.003}, None])
+def test_a_report_of_another_recipe_or_the_same_seeds_adds_nothing(tmp_path, publish, changes):
+    publish("old", [0] if changes is None else [0, 1], **(changes or {}))
+    publish("new", [0])
+    before = (tmp_path / "new/summary.json").read_bytes()
+    keep_other_seeds(tmp_path / "new", tmp_path / "old")
+    keep_other_seeds(tmp_path / "new", tmp_path / "nowhere")
+    assert (tmp_path / "new/summary.json").read_bytes() == before
+
+
+def test_a_stage_trains_the_seeds_that_no_report_tells(tmp_path, publish, tiny):
+    summary = publish("reports/full/03_x/e", [0, 1])
+    fields = tiny(epochs=1).model_dump(exclude_defaults=True)
+    asked = Experiment("full", "03_x", "e", fields, seeds=[0, 1, 2])
+    assert without_told_seeds(asked) == asked  # their runs are here
+    shutil.rmtree(tmp_path / "runs")
+    assert without_told_seeds(asked).seeds == [2]
+    again = Experiment("full", "03_x", "e", fields, seeds=[0, 1])
+    assert without_told_seeds(again) == again  # else nothing would be left to execute
+    quick = Experiment("quick", "03_x", "e", fields, seeds=[0, 1, 2])
+    shutil.copytree(tmp_path / "reports/full", tmp_path / "reports/quick")
+    assert without_told_seeds(quick) == quick
+    assert list(published_runs()) == [f"{s}-{summary['config_fingerprint']}" for s in (0, 1)]
+    assert not any(results.is_finished(run.path) for run in published_runs().values())
