@@ -73,7 +73,8 @@ def keep_other_seeds(new: Path, old: Path) -> None:
             frame = pd.concat([earlier[earlier["seed"].isin(seeds)], frame])
         columns = [f"seed_{seed}" for seed in seeds if f"seed_{seed}" in earlier]
         report.table(path.stem, frame.assign(**earlier[columns]))
-    note = f"seeds {', '.join(map(str, seeds))} as an earlier report tells; else of the others"
+    kept = ", ".join(map(str, seeds))
+    note = f"seeds {kept} are kept from an earlier execution; the notebook shows the others"
     runs = [run for _, run in sorted((told | here).items())]
     answer = [note, *summary["answer"]]
     report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)
