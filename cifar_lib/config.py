@@ -239,6 +239,11 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
         raise ValueError("; ".join(_explain(e) for e in error.errors())) from None
 
 
+def config_of(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that stands among other values; raises as `parse_config`."""
+    return parse_config({k: v for k, v in values.items() if k in TrainConfig.model_fields})
+
+
 _repr = reprlib.Repr()  # bounded: a few lines of YAML with aliases stand for gigabytes of text
 _repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 80, 80
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cifar_lib.config import ROOT, TrainConfig, parse_config
+from cifar_lib.config import ROOT, config_of
 from cifar_lib.reports import Report
 from cifar_lib.results import Run
 
@@ -33,14 +33,13 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
             if not summary["runs"]:
                 continue
             # A field that was deleted since leaves a fingerprint that nobody asks for.
-            known = summary["config"].keys() & TrainConfig.model_fields.keys()
-            config = parse_config({key: summary["config"][key] for key in known})
+            config = config_of(summary["config"])
             history = dict(tuple(pd.read_csv(path.with_name("metrics.csv")).groupby("seed")))
             for result in summary["runs"]:
                 seed, facts = result["seed"], summary | result | {"result": result}
                 name = f"{seed}-{summary['config_fingerprint']}"
                 found[name] = Run(path.parent, config, seed, history[seed], facts)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: broken (%r), so it tells of no run", path, error)
     return found
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cifar_lib.config import TrainConfig, parse_config, read_yaml
+from cifar_lib.config import TrainConfig, config_of, read_yaml
 from cifar_lib.execution import OtherLoad
 from cifar_lib.files import write_atomic, write_json
 
@@ -144,10 +144,7 @@ def load_run(run_dir: str | Path) -> Run:
         summary = json.loads((run_dir / SUMMARY).read_text())
         metrics = pd.read_csv(run_dir / METRICS)
         # A field that was deleted since said nothing of the network: its weights are checked.
-        fields = {
-            k: v for k, v in read_yaml(run_dir / CONFIG).items() if k in TrainConfig.model_fields
-        }
-        config = parse_config(fields)
+        config = config_of(read_yaml(run_dir / CONFIG))
         _check(summary)
         return Run(run_dir, config, int(summary["seed"]), metrics, summary)
     except (ValueError, KeyError, TypeError) as error:

@@ -41,7 +41,7 @@ class Task:
     config: TrainConfig
     seed: int
     folder: Path
-    of_sweep: bool = False
+    figures_suffice: bool = False  # of a published run, as for a sweep; else its weights count
 
 
 class Engine(Protocol):
@@ -71,8 +71,8 @@ def tasks_of(experiments: Sequence[Experiment]) -> list[Task]:
             if data not in sha256:
                 sha256[data] = load_dataset(*data)[0].info.sha256
             folder = find_folder(experiment.name, seed, config.fingerprint(sha256[data]))
-            sweep = "sweep" in experiment.parameters
-            task = Task(label, experiment.preset, config, seed, folder, sweep)
+            suffice = "sweep" in experiment.parameters and experiment.preset not in FRESH
+            task = Task(label, experiment.preset, config, seed, folder, suffice)
             tasks.setdefault(folder.name, task)
     return list(tasks.values())
 
@@ -80,14 +80,14 @@ def tasks_of(experiments: Sequence[Experiment]) -> list[Task]:
 def missing(tasks: Sequence[Task]) -> list[Task]:
     """The tasks whose run is not finished, or has to be repeated under its preset.
 
-    Of a sweep's runs the figures are enough, as `reports/full` tells them.
+    Where figures suffice, those that `reports/full` tells do.
     """
-    figures = published_runs() if any(task.of_sweep for task in tasks) else {}
+    figures = published_runs() if any(task.figures_suffice for task in tasks) else {}
     return [
         task
         for task in tasks
         if finished_run(task.folder, task.preset) is None
-        and not (task.of_sweep and task.preset not in FRESH and task.folder.name in figures)
+        and not (task.figures_suffice and task.folder.name in figures)
     ]
 
 

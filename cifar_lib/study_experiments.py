@@ -8,7 +8,7 @@ from typing import Any
 
 import papermill
 
-from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.config import ROOT, TrainConfig, config_of, read_yaml
 from cifar_lib.files import inside, plain_name, shown
 from cifar_lib.study_runs import check_seeds
 from cifar_lib.study_sweep import read_sweep, search_of
@@ -69,12 +69,6 @@ class Experiment:
     def minutes(self) -> float:
         """Expected time on two cores, minutes."""
         return self.minutes_per_seed * max(1, len(self.runs))
-
-
-def config_of(parameters: dict[str, Any]) -> TrainConfig:
-    """The fields of TrainConfig among a notebook's parameters, as a configuration."""
-    fields = {k: v for k, v in parameters.items() if k in TrainConfig.model_fields}
-    return parse_config(fields)
 
 
 def notebook_parameters(notebook: Path) -> dict[str, Any]:

@@ -215,9 +215,9 @@ def test_an_engine_leaves_a_sweeps_published_runs_alone(swept, monkeypatch):
     monkeypatch.setattr(
         study_engine, "published_runs", lambda: {task.folder.name: None for task in every[1:]}
     )
-    assert [task.of_sweep for task in every] == 5 * [True] + [False]
+    assert [task.figures_suffice for task in every] == 5 * [True] + [False]
     assert missing(every) == [every[0], every[-1]]
-    quick = [dataclasses.replace(task, preset="quick") for task in every]
+    quick = tasks_of([dataclasses.replace(e, preset="quick") for e in experiments])
     assert missing(quick) == quick
     assert [task.label for task in study._tasks_to_train(experiments, force=False)] == [
         every[-1].label,

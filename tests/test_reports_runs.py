@@ -79,3 +79,15 @@ def test_a_stage_trains_the_seeds_that_no_report_tells(tmp_path, publish, tiny):
     assert without_told_seeds(quick) == quick
     assert list(published_runs()) == [f"{s}-{summary['config_fingerprint']}" for s in (0, 1)]
     assert not any(results.is_finished(run.path) for run in published_runs().values())
+
+
+@pytest.mark.parametrize("broken", ["[]", '{"runs": [{}], "config": null}', "{", "{}"])
+def test_a_broken_report_tells_of_no_run_and_is_named(tmp_path, publish, caplog, broken):
+    publish("reports/full/03_x/e", [0])
+    whole = published_runs()
+    beside = tmp_path / "reports/full/03_x/torn/summary.json"
+    beside.parent.mkdir()
+    beside.write_text(broken)
+    assert published_runs().keys() == whole.keys()
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1 and str(beside) in warnings[0]
