@@ -22,7 +22,7 @@ TRAINING_ROOMS = (
     "config.py",
     "data*.py",
     "augment*.py",
-    "fast.py",
+    "fast*.py",
     "models/*.py",
     "optim*.py",
     "execution.py",

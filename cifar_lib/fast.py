@@ -4,36 +4,43 @@ Each equals the plain way by test, in values and in gradients. Measured gains st
 `benchmarks/fast_paths.py`'s record; what does not win there is not here.
 """
 
+import platform
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST_AREA = 16  # pixels of the output map; above it the library's own weight gradient wins
-COLUMNS = 3  # taps: the width of the widest depthwise kernel whose weight gradient is fast
+from cifar_lib import fast_gradients, fast_winograd
+
+# Pixels of the output map up to which one product makes the weight gradient faster than oneDNN.
+LARGEST_AREA = 16
+LARGEST_AREA_STRIDED_FP32 = 256
+# By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
+FILTERING_PAYS = {"forward": (128, 3.0), "weight gradient": (64, 2.0)}
 
 
 def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Turns a model's layers, in place, into those that are faster on this device.
 
-    Parameters, their names and the layers' meaning stay; only CPUs in bfloat16 gain anything.
+    Parameters, their names and the layers' meaning stay; only CPUs gain anything, in float32 only
+    those of x86, where it was measured.
 
     Args:
         model: any module.
         device: where it will be trained.
         dtype: of autocast, float32 if there is none.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    in_fp32 = dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64")
+    if device.type != "cpu" or not (in_fp32 or dtype == torch.bfloat16):
         return
     for module in model.modules():
         if type(module) is not nn.Conv2d or module.kernel_size == (1, 1):
             continue
         if module.groups == 1:
-            module.__class__ = SmallMapConv2d
-        elif module.groups == module.in_channels == module.out_channels:
+            module.__class__ = DenseConv2d
+        elif module.groups == module.in_channels == module.out_channels and not in_fp32:
             module.__class__ = DepthwiseConv2d
 
 
@@ -68,33 +75,60 @@ def use_fast_steps(optimizer: torch.optim.Optimizer, device: torch.device) -> No
         optimizer.register_step_post_hook(turn(0, 3, 1, 2))
 
 
-def _takes_plain_way(layer: nn.Conv2d) -> bool:
+def _dtype(x: Tensor) -> torch.dtype:
+    """What a convolution of `x` computes in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _takes_plain_way(layer: nn.Conv2d, x: Tensor) -> bool:
     return (
         layer.padding_mode != "zeros"
         or isinstance(layer.padding, str)
         or layer.dilation != (1, 1)
         or not (torch.is_grad_enabled() and layer.weight.requires_grad)
-        or not torch.is_autocast_enabled("cpu")
+        or _dtype(x) not in (torch.float32, torch.bfloat16)
     )
 
 
-def _cast(x: Tensor) -> Tensor:
-    return x.to(torch.get_autocast_dtype("cpu"), memory_format=torch.channels_last)
+def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    dtype = _dtype(x)
+    x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, layer.weight))
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _Convolution.apply(x, weight, bias, layer.stride, layer.padding)
 
 
-class SmallMapConv2d(nn.Conv2d):
-    """A convolution whose weight gradient on small maps is one matrix product.
+def _filtering_pays(what: str, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+    channels, factor = FILTERING_PAYS[what]
+    tiles = -(-x.shape[2] // fast_winograd.TILE) * -(-x.shape[3] // fast_winograd.TILE)
+    return (
+        x.dtype == torch.float32
+        and (weight.shape[2:], stride, padding) == ((3, 3), (1, 1), (1, 1))
+        and min(weight.shape[:2]) >= channels
+        and x.shape[2] * x.shape[3] * 9 >= factor * tiles * fast_winograd.SEEN**2
+    )
 
-    On maps of 4 × 4 pixels and less oneDNN's bfloat16 weight gradient is slower than a matrix
-    product, and unfolding such maps costs next to nothing (`benchmarks/fast_paths.py`).
+
+class DenseConv2d(nn.Conv2d):
+    """A convolution of all channels, with the ways of this file where they pay.
+
+    On small maps oneDNN's weight gradient is slower than one matrix product, in float32 on larger
+    ones too where the stride is 2, and unfolding such maps costs next to nothing. In float32 a
+    convolution of 3×3 taps takes fewer multiplications by minimal filtering
+    (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
-        if _takes_plain_way(self) or self._output_area(x) > LARGEST_AREA:
+        if _takes_plain_way(self, x):
             return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(torch.get_autocast_dtype("cpu"))
-        return _Convolution.apply(_cast(x), _cast(self.weight), bias, self.stride, self.padding)
+        in_fp32 = _dtype(x) == torch.float32
+        limit = LARGEST_AREA_STRIDED_FP32 if in_fp32 and self.stride != (1, 1) else LARGEST_AREA
+        filtered = in_fp32 and _filtering_pays(
+            "weight gradient", x, self.weight, self.stride, self.padding
+        )
+        if self._output_area(x) > limit and not filtered:
+            return super().forward(x)
+        return _convolve(self, x)
 
     def _output_area(self, x: Tensor) -> int:
         assert not isinstance(self.padding, str)
@@ -114,11 +148,11 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
-        easy = self.stride == (1, 1) and self.kernel_size[1] <= COLUMNS
+        easy = self.stride == (1, 1) and self.kernel_size[1] <= fast_gradients.COLUMNS
         plain = self.bias is not None or not self._padding_within_kernel()
-        if easy or plain or _takes_plain_way(self):
+        if easy or plain or _takes_plain_way(self, x):
             return super().forward(x)
-        return _Convolution.apply(_cast(x), _cast(self.weight), None, self.stride, self.padding)
+        return _convolve(self, x)
 
     def _padding_within_kernel(self) -> bool:
         assert not isinstance(self.padding, str)
@@ -126,7 +160,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` with the gradients of this file: of a plain convolution or a depthwise one."""
+    """`F.conv2d` with the gradients of these files: of a dense convolution or a depthwise one."""
 
     @staticmethod
     def forward(
@@ -134,139 +168,34 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = stride, padding
+        if _filtering_pays("forward", x, weight, stride, padding):
+            y = fast_winograd.convolve(x, weight)
+            return y if bias is None else y.add_(bias[:, None, None])
         return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1] // weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        depthwise = weight.shape[1] < x.shape[1]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
+        depthwise = weight.shape[1] < x.shape[1]
         of_x = None
         if ctx.needs_input_grad[0]:
             if depthwise:
-                of_x = depthwise_input_gradient(gradient, weight, x.shape[2:], *ctx.place)
+                of_x = fast_gradients.depthwise_input_gradient(
+                    gradient, weight, x.shape[2:], *ctx.place
+                )
+            elif _filtering_pays("forward", x, weight, *ctx.place):
+                of_x = fast_winograd.input_gradient(gradient, weight)
             else:
                 of_x = torch.ops.aten.convolution_backward(
                     gradient, x, weight, None, *ctx.place, (1, 1), False, (0, 0), 1,
                     (True, False, False),
                 )[0]  # fmt: skip
-        computed = depthwise_weight_gradient if depthwise else weight_gradient
-        of_weight = computed(x, gradient, weight.shape[2:], *ctx.place)
+        if _filtering_pays("weight gradient", x, weight, *ctx.place):
+            of_weight = fast_winograd.weight_gradient(x, gradient)
+        else:
+            way = "depthwise_weight_gradient" if depthwise else "weight_gradient"
+            compute = getattr(fast_gradients, way)
+            of_weight = compute(x, gradient, weight.shape[2:], *ctx.place)
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias, None, None
-
-
-def weight_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """Computes a convolution's weight gradient as one product of unfolded maps.
-
-    Args:
-        x: the input (N, c_in, H, W), channels_last.
-        gradient: of the output (N, c_out, H', W'), channels_last.
-        kernel: height and width.
-        stride: in pixels, vertical and horizontal.
-        padding: zeros on each side, pixels, vertical and horizontal.
-
-    Returns:
-        (c_out, c_in, *kernel), channels_last, of the dtype of `x`.
-    """
-    (n, c_out, h_out, w_out), (kh, kw) = gradient.shape, kernel
-    borders = (0, 0, padding[1], padding[1], padding[0], padding[0])
-    padded = F.pad(x.permute(0, 2, 3, 1), borders).contiguous()  # as maps of one pixel are not
-    _, height, width, c = padded.shape
-    row = width * c
-    patches = padded.as_strided(
-        (n, h_out, w_out, kh, kw, c),
-        (height * row, stride[0] * row, stride[1] * c, row, c, 1),
-    )
-    rows = gradient.permute(0, 2, 3, 1).reshape(-1, c_out)
-    product = rows.T @ patches.reshape(len(rows), -1)  # (c_out, kh · kw · c_in)
-    return product.view(c_out, kh, kw, c).permute(0, 3, 1, 2)
-
-
-def depthwise_input_gradient(
-    gradient: Tensor,
-    weight: Tensor,
-    size: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """Computes a depthwise convolution's input gradient by forward passes of stride 1.
-
-    Of the kernel, turned by half, every stride-th tap reaches every stride-th input pixel: one
-    small pass for each place a pixel can have between two steps.
-
-    Args:
-        gradient: of the output (N, c, H', W'), channels_last.
-        weight: (c, 1, kh, kw).
-        size: height and width of the input.
-        stride: in pixels, vertical and horizontal.
-        padding: zeros on each side, less than the kernel, pixels, vertical and horizontal.
-
-    Returns:
-        (N, c, *size), channels_last, of the dtype of `gradient`.
-    """
-    n, c = gradient.shape[:2]
-    result = gradient.new_zeros(n, *size, c).permute(0, 3, 1, 2)
-    for place in product(*map(range, stride)):
-        taps = weight[:, :, place[0] :: stride[0], place[1] :: stride[1]].flip(2, 3)
-        if not taps.numel():
-            continue
-        full = (taps.shape[2] - 1, taps.shape[3] - 1)
-        part = F.conv2d(gradient, taps, padding=full, groups=c)
-        # part[i] belongs to input pixel i * stride + place - padding
-        skip = [max(0, -(-(p - at) // s)) for p, at, s in zip(padding, place, stride, strict=True)]
-        top, left = (
-            i * s + at - p for i, s, at, p in zip(skip, stride, place, padding, strict=True)
-        )
-        target = result[:, :, top :: stride[0], left :: stride[1]]
-        part = part[:, :, skip[0] :, skip[1] :][:, :, : target.shape[2], : target.shape[3]]
-        target[:, :, : part.shape[2], : part.shape[3]] = part
-    return result
-
-
-def depthwise_weight_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """Computes a depthwise convolution's weight gradient in strips of at most 3 columns of taps.
-
-    Args:
-        x: the input (N, c, H, W), channels_last.
-        gradient: of the output (N, c, H', W'), channels_last.
-        kernel: height and width.
-        stride: in pixels, vertical and horizontal.
-        padding: zeros on each side, pixels, vertical and horizontal.
-
-    Returns:
-        (c, 1, *kernel), of the dtype of `x`.
-    """
-    (n, c, h, w), (kh, kw), w_out = x.shape, kernel, gradient.shape[3]
-
-    def strip(seen: Tensor, width: int) -> Tensor:
-        return torch.ops.aten.convolution_backward(
-            gradient, seen, x.new_empty(c, 1, kh, width), None, stride, (0, 0), (1, 1), False,
-            (0, 0), c, (False, True, False),
-        )[1]  # fmt: skip
-
-    if kw <= COLUMNS and padding == (0, 0):
-        return strip(x, kw)
-    strips = []
-    for left in range(0, kw, COLUMNS):
-        width = min(COLUMNS, kw - left)
-        start = left - padding[1]
-        end = start + (w_out - 1) * stride[1] + width
-        low, high = max(start, 0), min(end, w)
-        # Padded here: oneDNN leaves a tap that meets nothing but its own padding unset (2.14.1).
-        seen = x.new_zeros(n, h + 2 * padding[0], end - start, c).permute(0, 3, 1, 2)
-        seen[:, :, padding[0] : padding[0] + h, low - start : high - start] = x[:, :, :, low:high]
-        strips.append(strip(seen, width))
-    return torch.cat(strips, 3)

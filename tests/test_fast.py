@@ -7,15 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_lib import fast
+from cifar_lib import fast, fast_gradients, fast_winograd
 from cifar_lib.config import TrainConfig
 from cifar_lib.models import build_model
 
-BF16 = torch.bfloat16
+CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the paths are those of x86; here they are tested wherever the tests run."""
+    monkeypatch.setattr(fast.platform, "machine", lambda: "x86_64")
 
 
 def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tuple[Tensor, ...]:
-    """Output and gradients of input, weight and bias, under autocast in bfloat16."""
+    """Output and gradients of input, weight and bias, in bfloat16 under autocast."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     layer.zero_grad()
     with torch.autocast("cpu", BF16, enabled=dtype == BF16):
@@ -26,25 +32,27 @@ def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tup
     return y, x.grad, layer.weight.grad, *bias
 
 
-def hold_alike(plain: nn.Conv2d, quick: nn.Conv2d, x: Tensor) -> None:
-    """Holds a fast layer in bfloat16 to the plain one, in values and all gradients."""
+def hold_alike(plain: nn.Conv2d, quick: nn.Conv2d, x: Tensor, dtype: torch.dtype = BF16) -> None:
+    """Holds a fast layer to the plain one, in values and all gradients."""
     x = x.contiguous(memory_format=torch.channels_last)
     gradient = torch.randn_like(run(plain, x, None)[0])
     # In float32: oneDNN's bfloat16 weight gradient of a one-pixel map holds unset memory where
     # the kernel meets nothing but padding (torch 2.14.1, stride 2).
-    expected = run(plain, x, gradient, torch.float32)
-    for ours, theirs in zip(run(quick, x, gradient), expected, strict=True):
+    expected = run(plain, x, gradient, FP32)
+    share = 0.02 if dtype == BF16 else 1e-4
+    for ours, theirs in zip(run(quick, x, gradient, dtype), expected, strict=True):
         assert ours.shape == theirs.shape
         largest = float(theirs.detach().abs().max())
-        torch.testing.assert_close(ours.float(), theirs, rtol=0.02, atol=0.02 * largest)
+        torch.testing.assert_close(ours.float(), theirs, rtol=share, atol=share * largest)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2)])
 def test_a_convolution_of_small_maps(
-    side: int, stride: int, kernel: int, padding: int, bias: bool
+    side: int, stride: int, kernel: int, padding: int, bias: bool, dtype: torch.dtype
 ) -> None:
     if side + 2 * padding < kernel:
         pytest.skip("the kernel does not fit")
@@ -54,9 +62,75 @@ def test_a_convolution_of_small_maps(
     )
     quick = nn.Conv2d(16, 24, kernel, stride, padding, bias=bias)
     quick.load_state_dict(plain.state_dict())
-    fast.use_fast_paths(quick, torch.device("cpu"), BF16)
-    assert type(quick) is fast.SmallMapConv2d
-    hold_alike(plain, quick, torch.randn(8, 16, side, side))
+    fast.use_fast_paths(quick, CPU, dtype)
+    assert type(quick) is fast.DenseConv2d
+    hold_alike(plain, quick, torch.randn(8, 16, side, side), dtype)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(16, 16), (7, 8), (4, 4), (32, 15)])
+@pytest.mark.parametrize(("c_in", "c_out"), [(128, 128), (64, 130), (128, 72)])
+def test_a_convolution_by_minimal_filtering(
+    size: tuple[int, int], c_in: int, c_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = calls_of_filtering(monkeypatch)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, CPU, FP32)
+    hold_alike(plain, quick, torch.randn(3, c_in, *size), FP32)
+    forward = ["convolve", "input_gradient", "convolve"] if min(c_in, c_out) >= 128 else []
+    assert taken == [*forward, "weight_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "side", "stride", "kernel"),
+    [
+        (63, 128, 8, 1, 3),  # too few channels
+        (128, 128, 5, 1, 3),  # too much of its tiles hangs over
+        (128, 128, 2, 1, 3),
+        (128, 128, 8, 2, 3),
+        (128, 128, 8, 1, 5),
+    ],
+)
+def test_where_filtering_does_not_pay_it_is_not_taken(
+    c_in: int, c_out: int, side: int, stride: int, kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = calls_of_filtering(monkeypatch)
+    plain = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, CPU, FP32)
+    hold_alike(plain, quick, torch.randn(2, c_in, side, side), FP32)
+    assert taken == []
+
+
+def calls_of_filtering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists the functions of `fast_winograd` that are called from now on."""
+    taken: list[str] = []
+
+    def count(name: str) -> None:
+        plain = getattr(fast_winograd, name)
+        monkeypatch.setattr(fast_winograd, name, lambda *a: taken.append(name) or plain(*a))
+
+    for name in ("convolve", "input_gradient", "weight_gradient"):
+        count(name)
+    return taken
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 5])
+def test_minimal_filtering_is_exact_in_double(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, 9, 4, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(7, 6, 3, 3, dtype=torch.double, requires_grad=True)
+    a_piece = -(-5 // pieces) * 3 * 1 * 36 * 7 * 8
+    monkeypatch.setattr(fast_winograd, "PIECE_BYTES", a_piece)
+    y = torch.nn.functional.conv2d(x, weight, padding=1)
+    gradient = torch.randn_like(y)
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), gradient)
+    x, weight = x.detach(), weight.detach()
+    torch.testing.assert_close(fast_winograd.convolve(x, weight), y)
+    torch.testing.assert_close(fast_winograd.input_gradient(gradient, weight), of_x)
+    torch.testing.assert_close(fast_winograd.weight_gradient(x, gradient), of_weight)
 
 
 def test_the_weight_gradient_is_exact_in_double() -> None:
@@ -66,7 +140,7 @@ def test_the_weight_gradient_is_exact_in_double() -> None:
     y = torch.nn.functional.conv2d(x, weight, stride=(2, 1), padding=(1, 0))
     gradient = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, weight, gradient)
-    ours = fast.weight_gradient(x, gradient, (3, 2), (2, 1), (1, 0))
+    ours = fast_gradients.weight_gradient(x, gradient, (3, 2), (2, 1), (1, 0))
     torch.testing.assert_close(ours, expected)
 
 
@@ -83,7 +157,7 @@ def test_a_depthwise_convolution(
         memory_format=torch.channels_last
     )
     quick = copy.deepcopy(plain)
-    fast.use_fast_paths(quick, torch.device("cpu"), BF16)
+    fast.use_fast_paths(quick, CPU, BF16)
     assert type(quick) is fast.DepthwiseConv2d
     hold_alike(plain, quick, torch.randn(8, 12, side, side))
 
@@ -97,10 +171,10 @@ def test_the_depthwise_gradients_are_exact_in_double() -> None:
     gradient = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, weight), gradient)
     place = ((2, 1), (2, 1))
-    ours = fast.depthwise_input_gradient(gradient, weight, (9, 8), *place)
+    ours = fast_gradients.depthwise_input_gradient(gradient, weight, (9, 8), *place)
     torch.testing.assert_close(ours, expected[0])
     torch.testing.assert_close(
-        fast.depthwise_weight_gradient(x, gradient, (5, 4), *place), expected[1]
+        fast_gradients.depthwise_weight_gradient(x, gradient, (5, 4), *place), expected[1]
     )
 
 
@@ -111,16 +185,17 @@ def test_what_a_depthwise_kernel_does_not_cover_goes_the_plain_way() -> None:
         nn.Conv2d(4, 4, 3, stride=2, groups=4),
     ):
         quick = copy.deepcopy(layer)
-        fast.use_fast_paths(quick, torch.device("cpu"), BF16)
+        fast.use_fast_paths(quick, CPU, BF16)
         x = torch.randn(2, 4, 9, 9)
         for ours, theirs in zip(run(quick, x, None), run(layer, x, None), strict=True):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize(
     "name", ["vgg11", "resnet18", "cifar_resnet", "speed_net", "efficientnet_lite0"]
 )
-def test_a_model_keeps_its_state_and_its_function(name: str) -> None:
+def test_a_model_keeps_its_state_and_its_function(name: str, dtype: torch.dtype) -> None:
     width = None if name == "efficientnet_lite0" else 0.125
     torch.manual_seed(0)
     model = build_model(TrainConfig(model=name, width=width), 10)
@@ -129,26 +204,38 @@ def test_a_model_keeps_its_state_and_its_function(name: str) -> None:
     model.eval()
     with torch.no_grad():
         before = model(x)
-        fast.use_fast_paths(model, torch.device("cpu"), BF16)
+        fast.use_fast_paths(model, CPU, dtype)
         assert torch.equal(model(x), before)
     assert list(model.state_dict()) == names
 
 
-def test_only_a_cpu_in_bfloat16_takes_them() -> None:
-    for device, dtype in [("cpu", torch.float32), ("cuda", BF16)]:
-        model = nn.Sequential(nn.Conv2d(3, 3, 3))
-        fast.use_fast_paths(model, torch.device(device), dtype)
-        assert type(model[0]) is nn.Conv2d
+@pytest.mark.parametrize(
+    ("device", "machine", "dtype"),
+    [("cuda", "x86_64", BF16), ("cpu", "aarch64", FP32), ("cpu", "x86_64", torch.float16)],
+)
+def test_who_takes_none_of_them(device, machine, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(fast.platform, "machine", lambda: machine)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3, groups=3))
+    fast.use_fast_paths(model, torch.device(device), dtype)
+    assert [type(layer) for layer in model] == 2 * [nn.Conv2d]
+
+
+def test_a_depthwise_convolution_in_float32_stays_plain() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3))
+    fast.use_fast_paths(model, CPU, FP32)
+    assert type(model[0]) is nn.Conv2d
 
 
 def test_large_maps_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, ...]] = []
-    plain = fast.weight_gradient
+    plain = fast_gradients.weight_gradient
     monkeypatch.setattr(
-        fast, "weight_gradient", lambda x, *rest: taken.append(tuple(x.shape)) or plain(x, *rest)
+        fast_gradients,
+        "weight_gradient",
+        lambda x, *rest: taken.append(tuple(x.shape)) or plain(x, *rest),
     )
     layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-    fast.use_fast_paths(layer, torch.device("cpu"), BF16)
+    fast.use_fast_paths(layer, CPU, BF16)
     for side in (4, 5):
         run(layer, torch.randn(2, 4, side, side), None)
     assert taken == [(2, 4, 4, 4)]
@@ -167,7 +254,7 @@ def test_a_step_in_the_order_of_memory_is_the_same_step(kind) -> None:
     ours, theirs = (
         kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True) for model in (quick, plain)
     )
-    fast.use_fast_steps(ours, torch.device("cpu"))
+    fast.use_fast_steps(ours, CPU)
     x = torch.randn(4, 3, 8, 8)
     for _ in range(3):
         for model, optimizer in ((quick, ours), (plain, theirs)):
@@ -187,7 +274,7 @@ def test_a_step_in_the_order_of_memory_is_the_same_step(kind) -> None:
 def test_a_fused_step_copies_no_filter() -> None:
     model = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    fast.use_fast_steps(optimizer, torch.device("cpu"))
+    fast.use_fast_steps(optimizer, CPU)
     for _ in range(2):
         model(torch.randn(2, 8, 4, 4)).sum().backward()
         with torch.profiler.profile(record_shapes=True) as profile:
