@@ -1,11 +1,11 @@
 """Times each fast path beside plain PyTorch, forward and backward, in one run, taking turns.
 
-python benchmarks/fast_paths.py [--out FILE.json] [--repeats 9]
+python benchmarks/fast_paths.py [--precision bf16|fp32] [--out FILE.json] [--repeats 9]
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +15,60 @@ from torch import nn
 
 from cifar_lib import fast
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import choose_execution
+from cifar_lib.execution import Execution, choose_execution
 from cifar_lib.launch import restart_with_allocator
+from cifar_lib.models import build_model
 from cifar_lib.models.vgg import vgg16
 
 # Images, side of the input, channels in and out, kernel, stride, groups: as in VGG16, ResNet-18 and
-# SpeedNet; the two at 7 and 8 pixels lie above `fast.LARGEST_AREA`: what would be lost there. Then
-# the depthwise ones of EfficientNet-Lite0 at 96 pixels.
-SHAPES = [
-    (128, 2, 512, 512, 3, 1, 1),
-    (128, 8, 256, 512, 3, 2, 1),
-    (128, 4, 512, 512, 3, 1, 1),
-    (128, 3, 256, 256, 3, 1, 1),
-    (128, 4, 256, 256, 3, 1, 1),
-    (128, 7, 256, 256, 3, 1, 1),
-    (128, 8, 256, 256, 3, 1, 1),
-    (64, 48, 96, 96, 3, 2, 96),
-    (64, 24, 144, 144, 5, 2, 144),
-    (64, 12, 240, 240, 5, 1, 240),
-    (64, 6, 672, 672, 5, 1, 672),
-    (64, 6, 672, 672, 5, 2, 672),
-    (64, 3, 1152, 1152, 5, 1, 1152),
-]
+# SpeedNet, some beyond the limits of `fast.py`: what would be lost there. In bfloat16 then the
+# depthwise ones of EfficientNet-Lite0 at 96 pixels.
+SHAPES = {
+    "bf16": [
+        (128, 2, 512, 512, 3, 1, 1),
+        (128, 8, 256, 512, 3, 2, 1),
+        (128, 4, 512, 512, 3, 1, 1),
+        (128, 3, 256, 256, 3, 1, 1),
+        (128, 4, 256, 256, 3, 1, 1),
+        (128, 7, 256, 256, 3, 1, 1),
+        (128, 8, 256, 256, 3, 1, 1),
+        (64, 48, 96, 96, 3, 2, 96),
+        (64, 24, 144, 144, 5, 2, 144),
+        (64, 12, 240, 240, 5, 1, 240),
+        (64, 6, 672, 672, 5, 1, 672),
+        (64, 6, 672, 672, 5, 2, 672),
+        (64, 3, 1152, 1152, 5, 1, 1152),
+    ],
+    "fp32": [
+        (128, 2, 512, 512, 3, 1, 1),
+        (128, 8, 256, 512, 3, 2, 1),
+        (128, 16, 128, 256, 3, 2, 1),
+        (128, 32, 64, 128, 3, 2, 1),
+        (128, 4, 512, 512, 3, 1, 1),
+        (128, 7, 256, 256, 3, 1, 1),
+        (128, 8, 256, 256, 3, 1, 1),
+        (128, 15, 256, 256, 3, 1, 1),
+        (128, 16, 128, 128, 3, 1, 1),
+        (128, 16, 64, 64, 3, 1, 1),
+        (128, 32, 64, 64, 3, 1, 1),
+        (128, 32, 32, 32, 3, 1, 1),
+        (128, 6, 128, 128, 3, 1, 1),
+        (128, 5, 128, 128, 3, 1, 1),
+    ],
+}
+NETWORKS = {"resnet18": 128, "vgg16": 64, "speed_net": 250}  # and images a step
+OPEN = {"LARGEST_AREA": 2**30, "FILTERING_PAYS": dict.fromkeys(fast.FILTERING_PAYS, (1, 0.0))}
 
 
-def step(layer: nn.Conv2d, x: torch.Tensor) -> Callable[[], None]:
-    """One forward and backward pass under autocast."""
+def step(
+    layer: nn.Module, x: torch.Tensor, execution: Execution, limits: dict[str, Any]
+) -> Callable[[], None]:
+    """One forward and backward pass, with these limits of `fast.py`."""
     gradient: list[torch.Tensor] = []
 
     def work() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        vars(fast).update(limits)
+        with execution.autocast():
             y = layer(x)
         gradient[:] = gradient or [torch.randn_like(y)]
         y.backward(gradient[0])
@@ -68,9 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the fast paths.")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=9, help="timed passes")
+    parser.add_argument(
+        "--precision", choices=["auto", *SHAPES], default="auto", help="as in TrainConfig"
+    )
     options = parser.parse_args()
-    execution = choose_execution(TrainConfig(device="cpu"))
-    limit, results = fast.LARGEST_AREA, list[dict[str, Any]]()
+    execution = choose_execution(TrainConfig(device="cpu", precision=options.precision))
+    limits, results = {name: getattr(fast, name) for name in OPEN}, list[dict[str, Any]]()
 
     def measure(name: str, taken: bool, **works: Callable[[], None]) -> None:
         times = take_turns(works, execution, options.repeats)
@@ -78,23 +105,29 @@ def main() -> None:
         print(f"{name:56}{gain:6.2f} times  {'taken' if taken else 'not taken'}", flush=True)
         results.append({"path": name, "seconds": times, "gain": gain, "taken": taken})
 
-    fast.LARGEST_AREA = 2**30  # measure beyond it too
-    for n, side, c_in, c_out, kernel, stride, groups in SHAPES:
-        x = torch.randn(n, c_in, side, side).bfloat16()
-        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    def measure_pair(name: str, pair: Sequence[nn.Module], x: torch.Tensor) -> None:
+        plain, quick = (module.to(memory_format=torch.channels_last) for module in pair)
+        x = x.to(execution.dtype, memory_format=torch.channels_last).requires_grad_()
+        fast.use_fast_paths(quick, execution.device, execution.dtype)
+        taken = not isinstance(quick, fast.DenseConv2d) or quick.pays(x)
+        works = {"plain": plain, "fast": quick}
+        chosen = limits if taken else OPEN  # measure beyond the limits too
+        measure(name, taken, **{k: step(v, x, execution, chosen) for k, v in works.items()})
+        vars(fast).update(limits)
+
+    for n, side, c_in, c_out, kernel, stride, groups in SHAPES[execution.precision]:
         layers = [
             nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
             for _ in range(2)
         ]
-        for layer in layers:
-            layer.to(memory_format=torch.channels_last)
-        fast.use_fast_paths(layers[1], torch.device("cpu"), torch.bfloat16)
-        taken = groups > 1 or (side // stride) ** 2 <= limit
         channels = f"{c_in} channels, depthwise" if groups > 1 else f"{c_in} to {c_out}"
         name = f"{channels}, {kernel}×{kernel}, {side} pixels, stride {stride}, {n} images"
-        measure(name, taken, plain=step(layers[0], x), fast=step(layers[1], x))
+        measure_pair(name, layers, torch.randn(n, c_in, side, side))
+    for name, n in NETWORKS.items():
+        models = [build_model(TrainConfig(model=name), 10).train() for _ in range(2)]
+        measure_pair(f"{name}, {n} images", models, torch.randn(n, 3, 32, 32))
     measure("Adam step of VGG16", True, plain=adam_step(False), fast=adam_step(True))
-    write(options.out, largest_area=limit, results=results)
+    write(options.out, limits=limits, precision=execution.precision, results=results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from cifar_lib import fast_gradients, fast_winograd
 
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN.
 LARGEST_AREA = 16
-LARGEST_AREA_STRIDED_FP32 = 256
+LARGEST_AREA_STRIDED_FP32 = 64
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FILTERING_PAYS = {"forward": (128, 3.0), "weight gradient": (64, 2.0)}
 
@@ -119,16 +119,18 @@ class DenseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
+        return _convolve(self, x) if self.pays(x) else super().forward(x)
+
+    def pays(self, x: Tensor) -> bool:
+        """Whether a way of this file is taken for maps (N, c_in, H, W)."""
         if _takes_plain_way(self, x):
-            return super().forward(x)
+            return False
+        place = self.stride, self.padding
         in_fp32 = _dtype(x) == torch.float32
-        limit = LARGEST_AREA_STRIDED_FP32 if in_fp32 and self.stride != (1, 1) else LARGEST_AREA
-        filtered = in_fp32 and _filtering_pays(
-            "weight gradient", x, self.weight, self.stride, self.padding
-        )
-        if self._output_area(x) > limit and not filtered:
-            return super().forward(x)
-        return _convolve(self, x)
+        if in_fp32 and _filtering_pays("weight gradient", x, self.weight, *place):
+            return True
+        strided = in_fp32 and self.stride != (1, 1)
+        return self._output_area(x) <= (LARGEST_AREA_STRIDED_FP32 if strided else LARGEST_AREA)
 
     def _output_area(self, x: Tensor) -> int:
         assert not isinstance(self.padding, str)

@@ -134,6 +134,8 @@ def _tiles(x: Tensor) -> Tensor:
 
 
 def _transform(matrix: Tensor, values: Tensor) -> Tensor:
-    """Multiplies a matrix from both sides to the first two dimensions: (rows², …)."""
-    both = torch.kron(matrix, matrix).to(values.dtype)
-    return (both @ values.reshape(both.shape[1], -1)).view(-1, *values.shape[2:])
+    """Multiplies a matrix to both first dimensions, one after the other: (rows², …)."""
+    matrix, (first, second, *rest) = matrix.to(values.dtype), values.shape
+    columns = matrix @ values.reshape(first, -1)
+    both = matrix @ columns.view(len(matrix), second, -1)
+    return both.view(-1, *rest)
