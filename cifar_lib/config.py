@@ -65,6 +65,13 @@ class TrainConfig(BaseModel):
     )
     depth: int | None = Field(None, ge=1, le=1202, description="layers; null is the default")
     dropout: Float | None = Field(None, ge=0, lt=1, description="drop probability, 0..1")
+    whitening_epsilon: Float | None = Field(
+        None,
+        gt=0,
+        le=1e3,
+        description="variance added to every direction before whitening, so that directions with "
+        "less are not stretched like signal; null is the model's default",
+    )
     image_size: int = Field(
         32, ge=32, le=512, description="side to which the model enlarges its images, pixels"
     )

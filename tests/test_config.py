@@ -22,6 +22,7 @@ DEFAULTS = {
     "width": None,
     "depth": None,
     "dropout": None,
+    "whitening_epsilon": None,
     "image_size": 32,
     "weights": None,
     "backbone_rate": 1.0,

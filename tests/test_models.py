@@ -186,6 +186,7 @@ def test_evaluation_mode_leaves_frozen_modules_frozen_even_after_an_error() -> N
         ({"model": "resnet18", "depth": 20}, ["depth", "20", "resnet18", "width"]),
         ({"model": "imagenet_resnet18", "width": 2}, ["width", "2.0", "takes only null"]),
         ({"model": "cifar_resnet", "dropout": 0.5}, ["dropout", "0.5", "width, depth"]),
+        ({"model": "vgg11", "whitening_epsilon": 0.1}, ["whitening_epsilon", "0.1", "dropout"]),
         ({"model": "cifar_resnet", "depth": 21}, ["depth", "21", "6n + 2"]),
         ({"model": "cifar_resnet", "depth": 2}, ["depth", "2", "6n + 2"]),
     ],

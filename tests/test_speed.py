@@ -30,6 +30,15 @@ def test_whitened_patches_are_uncorrelated() -> None:
     torch.testing.assert_close(patches[:, 12:], -patches[:, :12])
 
 
+def test_whitening_stretches_no_direction_beyond_its_epsilon(tiny, digits) -> None:
+    lengths = {}
+    for epsilon in (None, 5e-4, 0.25):
+        config = tiny(model="speed_net", whitening_epsilon=epsilon)
+        filters = state_of(config, digits).model.whitening.weight.flatten(1)
+        lengths[epsilon] = float(filters.norm(dim=1).max())
+    assert lengths[None] == lengths[5e-4] > 2 > lengths[0.25]  # at most 0.25 ** -0.5
+
+
 def test_a_training_sets_the_whitening_and_never_moves_it(tiny, digits) -> None:
     config = tiny(model="speed_net", optimizer="muon", momentum=0.6, learning_rate=0.1)
     state = state_of(config, digits)

@@ -1,7 +1,7 @@
 """The networks by name, each for images (N, 3, 32, 32) and with logits (N, K).
 
 A new one is a file here and a line in `MODELS`; the arguments of its constructor that are called
-`width`, `depth` or `dropout` can then be set in a configuration.
+`width`, `depth`, `dropout` or `whitening_epsilon` can then be set in a configuration.
 """
 
 import inspect
@@ -32,6 +32,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "imagenet_resnet18": imagenet_resnet18,
     "efficientnet_lite0": efficientnet_lite0,
 }
+OPTIONS = ("width", "depth", "dropout", "whitening_epsilon")
+"""Fields that go to the constructors that take them."""
 STORED_SIZE = 32
 """Side of the images as they are stored and augmented, pixels."""
 
@@ -43,8 +45,8 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
     device: training, evaluation, its views and prediction all hand it images as they are stored.
 
     Args:
-        config: its fields `model`, `width`, `depth`, `dropout` and `image_size` count; of width,
-            depth and dropout those that are null are left to the constructor's defaults.
+        config: its fields `model`, `image_size` and `OPTIONS` count; of the latter those that are
+            null are left to the constructor's defaults.
         num_classes: K.
 
     Returns:
@@ -57,7 +59,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         raise ValueError(f"model: got {config.model!r}; allowed are {', '.join(MODELS)}")
     constructor = MODELS[config.model]
     taken = inspect.signature(constructor).parameters
-    options = {"width": config.width, "depth": config.depth, "dropout": config.dropout}
+    options = {name: getattr(config, name) for name in OPTIONS}
     for name, value in options.items():
         if value is not None and name not in taken:
             allowed = ", ".join(option for option in options if option in taken) or "null"

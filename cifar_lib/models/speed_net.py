@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cifar_lib.models.parts import scaled
 
 WHITENING_KERNEL = 2
-WHITENING_EPSILON = 5e-4
 
 
 class SpeedNet(nn.Module):
@@ -23,10 +22,18 @@ class SpeedNet(nn.Module):
         width: factor on the channels 64, 256, 256 of the blocks.
         depth: convolutions a block, at least 2; from 3 on with a skip over all after the first.
         dropout: probability of dropping a feature before the linear layer, 0..1.
+        whitening_epsilon: variance added to that of every direction of a patch, above 0. What is
+            far below it (on JPEG files most of the fine colour) stays faint instead of being
+            stretched, and so does noise there; the default is airbench94's, for lossless files.
     """
 
     def __init__(
-        self, num_classes: int = 10, width: float = 1.0, depth: int = 2, dropout: float = 0.0
+        self,
+        num_classes: int = 10,
+        width: float = 1.0,
+        depth: int = 2,
+        dropout: float = 0.0,
+        whitening_epsilon: float = 5e-4,
     ) -> None:
         super().__init__()
         if depth < 2:
@@ -35,6 +42,7 @@ class SpeedNet(nn.Module):
         c1, c2, c3 = (scaled(c, width) for c in (64, 256, 256))
         self.whitening = nn.Conv2d(3, c0, WHITENING_KERNEL, bias=False)
         self.whitening.weight.requires_grad_(False)
+        self.whitening_epsilon = whitening_epsilon
         self.gelu = nn.GELU()
         self.blocks = nn.Sequential(
             Block(c0, c1, depth), Block(c1, c2, depth), Block(c2, c3, depth)
@@ -58,7 +66,7 @@ class SpeedNet(nn.Module):
         patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * k * k)
         covariance = patches.double().T.cov()
         values, vectors = torch.linalg.eigh(covariance)
-        filters = (vectors / (values + WHITENING_EPSILON).sqrt()).T.view(-1, 3, k, k)
+        filters = (vectors / (values + self.whitening_epsilon).sqrt()).T.view(-1, 3, k, k)
         # Each filter and its negative: the GELU behind them loses nothing.
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
 
