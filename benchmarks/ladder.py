@@ -46,7 +46,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "micro-batches": {"why": "a pass fits the cache", "config": MICRO, "allocator": True},
     "speed network": {"why": "whitening, wide blocks", "config": MUON | MICRO, "allocator": True},
     "fast paths": {
-        "why": "weight gradients of small maps as matrix products",
+        "why": "convolutions as matrix products where those are faster",
         "config": MUON | MICRO,
         "allocator": True,
         "fast": True,
@@ -67,6 +67,7 @@ def climb(rung: dict[str, Any]) -> float:
     prepare_device(execution, deterministic=False)
     if not rung.get("fast"):
         train_state.use_fast_paths = lambda *_: None
+        train_state.use_fast_steps = lambda *_: None
     splits = noise(rung.get("images", 1500))
     if "config" in rung:
         config = TrainConfig(batch_size=BATCH, flip="alternating", translate=2, **rung["config"])

@@ -171,7 +171,9 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast type; auto is bf16 where the processor has it, else fp32"
     )
-    channels_last: bool = Field(True, description="memory format of images and weights")
+    channels_last: bool = Field(
+        True, description="memory format of images and weights; without it no fast paths on CPUs"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     deterministic: bool = Field(
         False,

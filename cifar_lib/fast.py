@@ -81,8 +81,14 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def _takes_plain_way(layer: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it is none of these files' cases, or one that PyTorch has to refuse."""
+    wrong_type = x.dtype != layer.weight.dtype and not torch.is_autocast_enabled("cpu")
     return (
-        layer.padding_mode != "zeros"
+        wrong_type
+        or x.ndim != 4
+        or not len(x)
+        or x.shape[1] != layer.in_channels
+        or layer.padding_mode != "zeros"
         or isinstance(layer.padding, str)
         or layer.dilation != (1, 1)
         or not (torch.is_grad_enabled() and layer.weight.requires_grad)
@@ -151,10 +157,9 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
         easy = self.stride == (1, 1) and self.kernel_size[1] <= fast_gradients.COLUMNS
-        plain = self.bias is not None or not self._padding_within_kernel()
-        if easy or plain or _takes_plain_way(self, x):
+        if easy or self.bias is not None or _takes_plain_way(self, x):
             return super().forward(x)
-        return _convolve(self, x)
+        return _convolve(self, x) if self._padding_within_kernel() else super().forward(x)
 
     def _padding_within_kernel(self) -> bool:
         assert not isinstance(self.padding, str)

@@ -120,7 +120,8 @@ def depthwise_weight_gradient(
         width = min(COLUMNS, kw - left)
         start = left - padding[1]
         end = start + (w_out - 1) * stride[1] + width
-        low, high = max(start, 0), min(end, w)
+        low = min(max(start, 0), w)  # a strip may lie wholly beside a narrow map
+        high = max(low, min(end, w))
         # Padded here: oneDNN leaves a tap that meets nothing but its own padding unset (2.14.1).
         seen = x.new_zeros(n, h + 2 * padding[0], end - start, c).permute(0, 3, 1, 2)
         seen[:, :, padding[0] : padding[0] + h, low - start : high - start] = x[:, :, :, low:high]

@@ -48,7 +48,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Computes a convolution of stride 1 and padding 1.
 
     Args:
-        x: (N, c_in, H, W), float32 or float64, channels_last.
+        x: (N, c_in, H, W), float32 or float64, channels_last; at least one image.
         weight: (c_out, c_in, 3, 3), of the dtype of `x`.
 
     Returns:
@@ -56,15 +56,21 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """
     n, _, h, w = x.shape
     filters = _transform(_OF_FILTER, weight.permute(2, 3, 0, 1))  # (36, c_out, c_in)
-    result = x.new_empty(n, h, w, len(weight))
-    for images, places in _pieces(x, result.permute(0, 3, 1, 2)):
+    # No view: who calls this may change it in place.
+    result = torch.empty(
+        (n, len(weight), h, w),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    for images, places in _pieces(x, result):
         products = torch.bmm(_tiles(images), filters.mT)  # (36, tiles, c_out)
         rows, columns = _tile_counts(x)
         tiles = _transform(_OF_RESULT, products.view(SEEN, SEEN, -1, len(weight)))
         whole = tiles.view(TILE, TILE, len(images), rows, columns, -1).permute(2, 3, 0, 4, 1, 5)
         whole = whole.reshape(len(images), rows * TILE, columns * TILE, -1)
         places.copy_(whole[:, :h, :w].permute(0, 3, 1, 2))
-    return result.permute(0, 3, 1, 2)
+    return result
 
 
 def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +122,9 @@ def _pieces(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     channels = max(x.shape[1], y.shape[1])
     bytes_an_image = rows * columns * SEEN**2 * channels * x.element_size()
     count = -(-len(x) * bytes_an_image // PIECE_BYTES)
-    return zip(x.chunk(count), y.chunk(count), strict=True)
+    size = -(-len(x) // count)
+    for start in range(0, len(x), size):
+        yield x[start : start + size], y[start : start + size]
 
 
 def _tiles(x: Tensor) -> Tensor:

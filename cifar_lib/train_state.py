@@ -64,9 +64,10 @@ class TrainState:
             some = splits.train.images[evenly_spread(len(splits.train), WHITENING_IMAGES)]
             model.fit_input(normalize(some, mean, std, torch.float32, channels_last=False))
         model = model.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
-        use_fast_paths(model, execution.device, execution.dtype)
         optimizer = build_optimizer(model, config)
-        use_fast_steps(optimizer, execution.device)
+        if config.channels_last:  # the layout that they are made for
+            use_fast_paths(model, execution.device, execution.dtype)
+            use_fast_steps(optimizer, execution.device)
         average = None
         if config.ema_decay:
             average = AveragedModel(

@@ -117,6 +117,51 @@ def calls_of_filtering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
+def test_what_follows_a_filtered_convolution_may_change_it_in_place() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(inplace=True))
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, CPU, FP32)
+    x = torch.randn(2, 128, 8, 8)
+    ours, theirs = quick(x), plain(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours.sum().backward()
+    theirs.sum().backward()
+    torch.testing.assert_close(quick[0].weight.grad, plain[0].weight.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [16, 128])
+def test_gradients_of_gradients(channels: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, channels, 3, padding=1)
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, CPU, FP32)
+    x, found = torch.randn(2, channels, 4, 4, requires_grad=True), []
+    for layer in (quick, plain):
+        loss = layer(x).square().sum()
+        pair = torch.autograd.grad(loss, (x, layer.weight), create_graph=True)
+        penalty = sum(g.square().sum() for g in pair)
+        found.append(torch.autograd.grad(penalty, (x, layer.weight)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours / theirs.abs().max(), theirs / theirs.abs().max(), rtol=0, atol=1e-4
+        )
+
+
+def test_a_whole_network_trains_alike() -> None:
+    torch.manual_seed(0)
+    plain = build_model(TrainConfig(model="vgg11"), 10).to(memory_format=torch.channels_last)
+    quick = copy.deepcopy(plain)
+    fast.use_fast_paths(quick, CPU, FP32)
+    x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for model in (quick, plain):
+        model(x).logsumexp(1).sum().backward()
+    for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
+        if ours.ndim == 4:  # behind a filter comes batch norm, so that its bias has no gradient
+            largest = float(theirs.grad.abs().max())
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0.01 * largest)
+
+
 @pytest.mark.parametrize("pieces", [1, 3, 5])
 def test_minimal_filtering_is_exact_in_double(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -178,8 +223,34 @@ def test_the_depthwise_gradients_are_exact_in_double() -> None:
     )
 
 
+@pytest.mark.parametrize(("kernel", "side"), [(7, 2), (9, 3), (9, 1)])
+def test_a_depthwise_kernel_far_wider_than_its_map(kernel: int, side: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, side, side, dtype=torch.double)
+    weight = torch.randn(4, 1, kernel, kernel, dtype=torch.double, requires_grad=True)
+    place = (1, 1), (kernel // 2, kernel // 2)
+    y = torch.nn.functional.conv2d(x, weight, None, *place, groups=4)
+    gradient = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, weight, gradient)
+    ours = fast_gradients.depthwise_weight_gradient(x, gradient, (kernel, kernel), *place)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_what_plain_pytorch_accepts_or_refuses_is_accepted_or_refused(groups: int) -> None:
+    layer = nn.Conv2d(8, 8, 5, padding=2, stride=2, groups=groups, bias=False)
+    fast.use_fast_paths(layer, CPU, BF16)
+    assert type(layer) is not nn.Conv2d
+    assert layer(torch.randn(8, 4, 4)).shape == (8, 2, 2)
+    assert layer(torch.randn(0, 8, 4, 4)).shape == (0, 8, 2, 2)
+    for wrong in (torch.randn(2, 16, 4, 4), torch.randn(2, 8, 4, 4).bfloat16()):
+        with pytest.raises(RuntimeError, match="channels|type"):
+            layer(wrong)
+
+
 def test_what_a_depthwise_kernel_does_not_cover_goes_the_plain_way() -> None:
     for layer in (
+        nn.Conv2d(4, 4, 5, padding="same", groups=4, bias=False),
         nn.Conv2d(4, 4, 3, padding=3, stride=2, groups=4, bias=False),  # padding beyond the kernel
         nn.Conv2d(4, 4, 3, dilation=2, stride=2, groups=4, bias=False),
         nn.Conv2d(4, 4, 3, stride=2, groups=4),

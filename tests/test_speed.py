@@ -7,6 +7,7 @@ from torch import nn
 from cifar_lib.augment import resize
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.execution import choose_execution
+from cifar_lib.fast import DenseConv2d
 from cifar_lib.models import build_model, flops_per_image
 from cifar_lib.models.speed_net import SpeedNet
 from cifar_lib.optim_muon import Muon, orthogonalize
@@ -46,6 +47,14 @@ def test_a_training_sets_the_whitening_and_never_moves_it(tiny, digits) -> None:
     assert torch.equal(before[12:], -before[:12])
     train_epoch(state, choose_execution(config))
     assert torch.equal(state.model.whitening.weight, before)
+
+
+@pytest.mark.parametrize(("channels_last", "fast"), [(True, True), (False, False)])
+def test_fast_paths_are_for_the_layout_that_they_are_made_for(channels_last, fast, tiny, digits):
+    config = tiny(model="speed_net", channels_last=channels_last, optimizer="sgd")
+    state = state_of(config, digits)
+    assert any(isinstance(m, DenseConv2d) for m in state.model.modules()) == fast
+    assert bool(state.optimizer._optimizer_step_pre_hooks) == fast
 
 
 @pytest.mark.parametrize("side", [17, 24, 32])
