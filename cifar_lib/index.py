@@ -104,8 +104,21 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
             time = "at most " * row["shared_machine"] + duration(row["train_seconds"])
             said = f"test accuracy {accuracy_text(row)}, {row['data']}, {time} a seed"
         lines.append(f"- **{row['experiment']}**: {said}{link}")
-        lines += [f"  - {line}" for line in summary.get("answer", [])]
+        lines += [
+            f"  - {_as_of_now(line, summary, summaries)}" for line in summary.get("answer", [])
+        ]
     return "\n".join(lines) or "Not measured yet."
+
+
+def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any]]) -> str:
+    """A line of an answer; if it compares with another report's former runs, it says so instead."""
+    compared = re.match(r"against (\S+): ([+-][\d.]+) points", line)
+    for other in summaries if compared else ():
+        if compared and other.get("path") == compared[1] and other["runs"]:
+            now = summary["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
+            if abs(100 * now - float(compared[2])) > 0.011:
+                return f"against {compared[1]}: measured anew since; its report compares the two"
+    return line
 
 
 def replace_block(text: str, name: str, content: str, where: str) -> str:

@@ -82,7 +82,7 @@ One run of `{model["name"]}`, {model["parameters"]:,} parameters, written by
   {bound}{result["train_seconds"]:.0f} s on {hardware["name"]}, {hardware["precision"]}.
   Every setting is in `config.yaml`, every epoch in `{METRICS}`, the rest in `{SUMMARY}`.
 - **Chosen**: the weights of {chosen}.
-  The {data["n_test"]:,} test images chose nothing.
+  The {data["n_test"]:,} test images chose no weights.
 - **Knows** {", ".join(summary["class_names"])}.
   A picture of anything else gets one of these names too, often with a high probability.
 - **Is sure** as training made it: with label smoothing {config.label_smoothing:g} here. Its

@@ -28,6 +28,8 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
     """
     found: dict[str, Run] = {}
     for path in sorted((ROOT / reports_dir).glob("**/summary.json")):
+        if any(part.startswith(".") for part in path.relative_to(ROOT / reports_dir).parts):
+            continue  # a report on its way into place
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             if not summary["runs"]:

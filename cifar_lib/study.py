@@ -19,6 +19,7 @@ from cifar_lib.study_execute import (
     is_up_to_date,
     log_path,
     scratch_folder,
+    take_back_report,
     without_told_seeds,
 )
 from cifar_lib.study_experiments import Experiment, load_preset
@@ -72,6 +73,8 @@ def study(
     if address not in (None, "auto") and not re.fullmatch(r"\S+:\d+", str(address)):
         raise ValueError(f"--address: got {address!r}; allowed are auto and HOST:PORT")
     experiments = load_preset(preset, only, n_seeds)
+    for experiment in experiments:
+        take_back_report(experiment)
     left = sum(e.minutes for e in experiments)
     say(
         f"preset {preset}: {len(experiments)} experiments, about {duration(60 * left)} on two "

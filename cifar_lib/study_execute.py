@@ -195,10 +195,21 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
     nbformat.write(notebook, executed)
 
 
+def take_back_report(experiment: Experiment) -> None:
+    """Puts the old report back if its replacement was killed between the two renames."""
+    old = _beside(experiment.destination, "old")
+    if old.exists() and not experiment.destination.exists():
+        os.replace(old, experiment.destination)
+
+
+def _beside(destination: Path, name: str) -> Path:
+    return destination.with_name(f".{destination.name}.{name}")
+
+
 def _move_into_place(scratch: Path, destination: Path) -> None:
     """Puts a report where the old one was; the old one is gone only when the new one is there."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (destination.with_name(f".{destination.name}.{name}") for name in ("new", "old"))
+    new, old = _beside(destination, "new"), _beside(destination, "old")
     shutil.rmtree(new, ignore_errors=True)
     try:
         shutil.copytree(scratch, new)  # beside the destination, even from another disk

@@ -70,7 +70,9 @@ def runs(
             distributed.on_main(partial(forget, folder))
         if published and folder.name in published and not results.is_finished(folder):
             finished.append(published[folder.name])
-            print(f"{label}, seed {seed}: as {shown(finished[-1].path)} tells")
+            other = finished[-1].summary.get("code_sha256") != training_code_sha256()
+            of = ", of other training code" * other
+            print(f"{label}, seed {seed}: as {shown(finished[-1].path)} tells{of}")
             continue
         bar = _wants_bar(progress)
         finished.append(complete_run(folder, config, seed, splits, preset, label, bar))

@@ -104,8 +104,8 @@ def check_runnable(config: TrainConfig) -> None:
     """Refuses, before any data is read, what this machine or the named model cannot do.
 
     Raises:
-        ValueError: names the field (model, width, depth, dropout, weights, normalization,
-            low_resolution, device, precision, deterministic).
+        ValueError: names the field (model, width, depth, dropout, whitening_epsilon, weights,
+            normalization, low_resolution, device, precision, deterministic).
     """
     device = choose_execution(config).device
     if config.deterministic and config.model == "speed_net" and device.type == "cuda":

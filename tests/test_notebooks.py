@@ -59,6 +59,19 @@ def test_a_time_from_a_shared_machine_is_only_a_bound():
         assert ("‡ |" in index.results_table(summaries, "")) == bound
 
 
+def test_a_comparison_with_what_was_measured_anew_is_left_to_the_other_report():
+    first, second = read_summaries("tests/fixtures/reports")[:2]
+    mean = first["test_accuracy"]["mean"]
+    second["test_accuracy"]["mean"] = mean - 0.02
+    line = f"against {second['path']}: +2.00 points (means of n = 1 and 1)"
+    first["answer"] = [line, "against itself with mirror: +0.10 points", "against x: +0.30 points"]
+    assert all(said in index.answer([first, second], first["notebook"]) for said in first["answer"])
+    second["test_accuracy"]["mean"] = mean - 0.021
+    said = index.answer([first, second], first["notebook"])
+    assert line not in said and f"against {second['path']}: measured anew since" in said
+    assert all(said_still in said for said_still in first["answer"][1:])
+
+
 def test_the_studies_come_first_in_their_order():
     paths = ["01_baseline/efficientnet-96", "01_baseline/study-b", "01_baseline/study-a"]
     ordered = [s["path"] for s in index.studies_first([{"path": path} for path in paths])]

@@ -129,6 +129,14 @@ def test_what_is_up_to_date_is_left_and_what_changed_is_run(checkout):
     assert not list(place.parent.glob(".*"))
 
 
+def test_a_report_whose_replacement_was_killed_half_way_is_taken_back(checkout):
+    run_study("toy/one")
+    place = checkout / "reports/quick/toy/one"
+    place.rename(place.with_name(".one.old"))
+    assert "toy/one: up to date" in run_study("toy/one")[1]
+    assert (place / "summary.json").is_file() and not list(place.parent.glob(".*"))
+
+
 def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
     run_study("toy/one")
     (checkout / "params/toy/one.yaml").write_text(ONE + "broken: true\n")

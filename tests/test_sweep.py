@@ -155,7 +155,7 @@ def published(tmp_path, counted):
 def test_what_a_published_report_tells_is_not_trained_again(tmp_path, published, counted, capsys):
     sweep = read_sweep(tmp_path / "s.yaml", seeds=[0, 1])
     again = sweep_runs(sweep)
-    assert not counted and "06_x/s/slow tells" in capsys.readouterr().out
+    assert not counted and "06_x/s/slow tells\n" in capsys.readouterr().out
     for name, runs in published.items():
         for frame in (metrics_frame, results_frame):
             told = frame(again[name]).drop(columns=["git_commit", "code_sha256"], errors="ignore")
@@ -178,6 +178,18 @@ def test_a_run_that_is_here_comes_before_its_published_figures(tmp_path, publish
     sweep = read_sweep(tmp_path / "s.yaml")
     sweep_runs(sweep, preset="quick")
     assert sweep_runs(sweep)["default"][0].path.is_relative_to(tmp_path / "runs")
+
+
+def test_figures_of_other_code_say_so(tmp_path, published, counted, capsys, monkeypatch):
+    monkeypatch.setattr(study_runs, "training_code_sha256", lambda: "changed")
+    sweep_runs(read_sweep(tmp_path / "s.yaml"))
+    assert not counted and "s/slow tells, of other training code\n" in capsys.readouterr().out
+
+
+def test_a_report_on_its_way_into_place_tells_of_no_run(tmp_path, published):
+    every = published_runs().keys()
+    (tmp_path / "reports/full/06_x/s").rename(tmp_path / "reports/full/06_x/.s.old")
+    assert every and not published_runs()
 
 
 def test_a_report_without_its_history_is_named_and_tells_nothing(tmp_path, published, caplog):
