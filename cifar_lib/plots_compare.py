@@ -3,6 +3,8 @@
 Rows are those of `reports.comparison_frame`; accuracies in 0..1, missing values NaN.
 """
 
+from itertools import cycle
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -28,6 +30,7 @@ COSTS = {
     "flops_per_image": "floating-point operations of one forward pass, an image",
 }
 """Columns that `accuracy_vs_cost` can put on its x axis, and what they are."""
+MARKERS = "osD^vPXp"  # a machine each, with room for a white centre
 
 
 def accuracy_vs_cost(
@@ -59,8 +62,9 @@ def accuracy_vs_cost(
     points = points.assign(start=np.where(points["weights"].notna(), "ImageNet's weights", SCRATCH))
     style = "machine" if timed and points["machine"].nunique() > 1 else None
     colors = {SCRATCH: BLUE, "ImageNet's weights": ORANGE}
-    how = {"hue": "start", "palette": colors, "style": style, "s": 70, "zorder": 3}
-    seaborn.scatterplot(points, x=cost, y="test_accuracy", ax=ax, **how)
+    markers = dict(zip(points[style].unique(), cycle(MARKERS), strict=False)) if style else True
+    how = {"hue": "start", "palette": colors, "style": style, "markers": markers, "zorder": 3}
+    seaborn.scatterplot(points, x=cost, y="test_accuracy", ax=ax, s=80, linewidth=0, **how)
     if (legend := ax.get_legend()) is not None:
         legend.remove()
     # The names without seaborn's headings, which are the columns'.
@@ -74,7 +78,7 @@ def accuracy_vs_cost(
     ax.set_yscale("logit")  # a point more means more, the nearer it lies to 100 %
     if timed:
         shared = points["shared_machine"].astype(bool)
-        ax.plot(x[shared], y[shared], "o", color="white", markersize=4, zorder=4)
+        ax.plot(x[shared], y[shared], "o", color="white", markersize=3.5, zorder=4)
         times = FixedLocator([n * unit for _, unit in UNITS for n in (1, 3, 10, 30)])
         ax.xaxis.set(major_locator=times, major_formatter=FuncFormatter(duration))
     elif cost == "depth":
