@@ -124,25 +124,7 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
 
 
 SCRATCH = "random weights"
-SHOWN = (
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.85,
-    0.9,
-    0.93,
-    0.95,
-    0.97,
-    0.98,
-    0.99,
-)
+SHOWN = (0.02, 0.05, *np.arange(1, 9) / 10, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 
 
 def _errors(points: pd.DataFrame, mean: str) -> npt.NDArray[np.float64]:
