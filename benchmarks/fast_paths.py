@@ -61,8 +61,8 @@ SHAPES = {
 NETWORKS = {"resnet18": 128, "vgg16": 64, "speed_net": 250}  # and images a step
 OPEN = {  # the limits of `fast.py`, as if there were none
     "LARGEST_AREA": 2**30,
-    "LARGEST_AREA_STRIDED_FP32": 2**30,
-    "FILTERING_PAYS": dict.fromkeys(fast.FILTERING_PAYS, (1, 0.0)),
+    "FEWEST_CHANNELS": 1,
+    "LEAST_FACTOR": 0.0,
 }
 
 

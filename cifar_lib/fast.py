@@ -16,9 +16,8 @@ from cifar_lib import fast_gradients, fast_winograd
 
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN.
 LARGEST_AREA = 16
-LARGEST_AREA_STRIDED_FP32 = 64
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
-FILTERING_PAYS = {"forward": (128, 3.0), "weight gradient": (64, 2.5)}
+FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
 
 
 def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -103,24 +102,22 @@ def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return _Convolution.apply(x, weight, bias, layer.stride, layer.padding)
 
 
-def _filtering_pays(what: str, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
-    channels, factor = FILTERING_PAYS[what]
+def _filtering_pays(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
     tiles = -(-x.shape[2] // fast_winograd.TILE) * -(-x.shape[3] // fast_winograd.TILE)
     return (
         x.dtype == torch.float32
         and (weight.shape[2:], stride, padding) == ((3, 3), (1, 1), (1, 1))
-        and min(weight.shape[:2]) >= channels
-        and x.shape[2] * x.shape[3] * 9 >= factor * tiles * fast_winograd.SEEN**2
+        and min(weight.shape[:2]) >= FEWEST_CHANNELS
+        and x.shape[2] * x.shape[3] * 9 >= LEAST_FACTOR * tiles * fast_winograd.SEEN**2
     )
 
 
 class DenseConv2d(nn.Conv2d):
     """A convolution of all channels, with the ways of this file where they pay.
 
-    On small maps oneDNN's weight gradient is slower than one matrix product, in float32 on larger
-    ones too where the stride is 2, and unfolding such maps costs next to nothing. In float32 a
-    convolution of 3×3 taps takes fewer multiplications by minimal filtering
-    (`benchmarks/fast_paths.py`).
+    On small maps oneDNN's weight gradient is slower than one matrix product, and unfolding such
+    maps costs next to nothing. In float32 a convolution of 3×3 taps and many channels takes fewer
+    multiplications by minimal filtering (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,12 +128,9 @@ class DenseConv2d(nn.Conv2d):
         """Whether a way of this file is taken for maps (N, c_in, H, W)."""
         if _takes_plain_way(self, x):
             return False
-        place = self.stride, self.padding
         in_fp32 = _dtype(x) == torch.float32
-        if in_fp32 and _filtering_pays("weight gradient", x, self.weight, *place):
-            return True
-        strided = in_fp32 and self.stride != (1, 1)
-        return self._output_area(x) <= (LARGEST_AREA_STRIDED_FP32 if strided else LARGEST_AREA)
+        filtered = in_fp32 and _filtering_pays(x, self.weight, self.stride, self.padding)
+        return filtered or self._output_area(x) <= LARGEST_AREA
 
     def _output_area(self, x: Tensor) -> int:
         assert not isinstance(self.padding, str)
@@ -175,7 +169,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = stride, padding
-        if _filtering_pays("forward", x, weight, stride, padding):
+        if _filtering_pays(x, weight, stride, padding):
             y = fast_winograd.convolve(x, weight)
             return y if bias is None else y.add_(bias[:, None, None])
         return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1] // weight.shape[1])
@@ -191,14 +185,14 @@ class _Convolution(torch.autograd.Function):
                 of_x = fast_gradients.depthwise_input_gradient(
                     gradient, weight, x.shape[2:], *ctx.place
                 )
-            elif _filtering_pays("forward", x, weight, *ctx.place):
+            elif _filtering_pays(x, weight, *ctx.place):
                 of_x = fast_winograd.input_gradient(gradient, weight)
             else:
                 of_x = torch.ops.aten.convolution_backward(
                     gradient, x, weight, None, *ctx.place, (1, 1), False, (0, 0), 1,
                     (True, False, False),
                 )[0]  # fmt: skip
-        if _filtering_pays("weight gradient", x, weight, *ctx.place):
+        if _filtering_pays(x, weight, *ctx.place):
             of_weight = fast_winograd.weight_gradient(x, gradient)
         else:
             way = "depthwise_weight_gradient" if depthwise else "weight_gradient"
