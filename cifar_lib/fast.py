@@ -1,7 +1,7 @@
 """Faster ways to compute what plain PyTorch computes, chosen by device, number type and shape.
 
 Each equals the plain way by test, in values and in gradients. Measured gains stand in
-`benchmarks/fast_paths.py`'s record; what does not win there is not here.
+`benchmarks/fast_paths.py`'s records; what wins in none of them is not here.
 """
 
 import platform
