@@ -81,9 +81,8 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def _takes_plain_way(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether it is none of these files' cases, or one that PyTorch has to refuse."""
-    wrong_type = x.dtype != layer.weight.dtype and not torch.is_autocast_enabled("cpu")
     return (
-        wrong_type
+        (x.dtype != layer.weight.dtype and not torch.is_autocast_enabled("cpu"))
         or x.ndim != 4
         or not len(x)
         or x.shape[1] != layer.in_channels
@@ -102,11 +101,11 @@ def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return _Convolution.apply(x, weight, bias, layer.stride, layer.padding)
 
 
-def _filtering_pays(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+def _filtering_pays(dtype: torch.dtype, x: Tensor, weight: Tensor, *place: Any) -> bool:
     tiles = -(-x.shape[2] // fast_winograd.TILE) * -(-x.shape[3] // fast_winograd.TILE)
     return (
-        x.dtype == torch.float32
-        and (weight.shape[2:], stride, padding) == ((3, 3), (1, 1), (1, 1))
+        dtype == torch.float32
+        and (weight.shape[2:], *place) == ((3, 3), (1, 1), (1, 1))
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
         and x.shape[2] * x.shape[3] * 9 >= LEAST_FACTOR * tiles * fast_winograd.SEEN**2
     )
@@ -128,8 +127,7 @@ class DenseConv2d(nn.Conv2d):
         """Whether a way of this file is taken for maps (N, c_in, H, W)."""
         if _takes_plain_way(self, x):
             return False
-        in_fp32 = _dtype(x) == torch.float32
-        filtered = in_fp32 and _filtering_pays(x, self.weight, self.stride, self.padding)
+        filtered = _filtering_pays(_dtype(x), x, self.weight, self.stride, self.padding)
         return filtered or self._output_area(x) <= LARGEST_AREA
 
     def _output_area(self, x: Tensor) -> int:
@@ -151,9 +149,13 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
         easy = self.stride == (1, 1) and self.kernel_size[1] <= fast_gradients.COLUMNS
-        if easy or self.bias is not None or _takes_plain_way(self, x):
-            return super().forward(x)
-        return _convolve(self, x) if self._padding_within_kernel() else super().forward(x)
+        plain = (
+            easy
+            or self.bias is not None
+            or _takes_plain_way(self, x)
+            or not self._padding_within_kernel()
+        )
+        return super().forward(x) if plain else _convolve(self, x)
 
     def _padding_within_kernel(self) -> bool:
         assert not isinstance(self.padding, str)
@@ -169,7 +171,8 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = stride, padding
-        if _filtering_pays(x, weight, stride, padding):
+        ctx.filtered = _filtering_pays(x.dtype, x, weight, stride, padding)
+        if ctx.filtered:
             y = fast_winograd.convolve(x, weight)
             return y if bias is None else y.add_(bias[:, None, None])
         return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1] // weight.shape[1])
@@ -185,14 +188,14 @@ class _Convolution(torch.autograd.Function):
                 of_x = fast_gradients.depthwise_input_gradient(
                     gradient, weight, x.shape[2:], *ctx.place
                 )
-            elif _filtering_pays(x, weight, *ctx.place):
+            elif ctx.filtered:
                 of_x = fast_winograd.input_gradient(gradient, weight)
             else:
                 of_x = torch.ops.aten.convolution_backward(
                     gradient, x, weight, None, *ctx.place, (1, 1), False, (0, 0), 1,
                     (True, False, False),
                 )[0]  # fmt: skip
-        if _filtering_pays(x, weight, *ctx.place):
+        if ctx.filtered:
             of_weight = fast_winograd.weight_gradient(x, gradient)
         else:
             way = "depthwise_weight_gradient" if depthwise else "weight_gradient"

@@ -57,12 +57,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     n, _, h, w = x.shape
     filters = _transform(_OF_FILTER, weight.permute(2, 3, 0, 1))  # (36, c_out, c_in)
     # No view: who calls this may change it in place.
-    result = torch.empty(
-        (n, len(weight), h, w),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    result = torch.empty((n, len(weight), h, w), dtype=x.dtype, memory_format=torch.channels_last)
     for images, places in _pieces(x, result):
         products = torch.bmm(_tiles(images), filters.mT)  # (36, tiles, c_out)
         rows, columns = _tile_counts(x)

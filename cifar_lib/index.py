@@ -113,8 +113,10 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
 def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any]]) -> str:
     """A line of an answer; if it compares with another report's former runs, it says so instead."""
     compared = re.match(r"against (\S+): ([+-][\d.]+) points", line)
-    for other in summaries if compared else ():
-        if compared and other.get("path") == compared[1] and other["runs"]:
+    if compared is None:
+        return line
+    for other in summaries:
+        if other.get("path") == compared[1] and other["runs"]:
             now = summary["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
             if abs(100 * now - float(compared[2])) > 0.011:
                 return f"against {compared[1]}: measured anew since; its report compares the two"

@@ -170,6 +170,16 @@ def interval_frame(summary: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").round(2)
 
 
+def summary_paths(root: Path) -> list[Path]:
+    """Every `summary.json` below a folder, in path order, but for reports on their way into place.
+
+    Args:
+        root: absolute; may be missing.
+    """
+    found = sorted(root.glob("**/summary.json"))
+    return [path for path in found if "/." not in f"/{path.relative_to(root).as_posix()}"]
+
+
 def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict[str, Any]]:
     """Reads every `summary.json` below a folder, in path order.
 
@@ -184,8 +194,7 @@ def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict
         ValueError: a summary is not JSON or lacks a key; names the file.
     """
     root, summaries = ROOT / reports_dir, []
-    paths = [p for p in root.glob("**/summary.json") if "/." not in p.relative_to(root).as_posix()]
-    for path in sorted(paths):
+    for path in summary_paths(root):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             row_of(summary)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
-from cifar_lib.reports import Report
+from cifar_lib.reports import Report, summary_paths
 from cifar_lib.results import Run
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,7 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
         By the name that the folder of such a run has, `<seed>-<config fingerprint>`.
     """
     found: dict[str, Run] = {}
-    for path in sorted((ROOT / reports_dir).glob("**/summary.json")):
-        if any(part.startswith(".") for part in path.relative_to(ROOT / reports_dir).parts):
-            continue  # a report on its way into place
+    for path in summary_paths(ROOT / reports_dir):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             if not summary["runs"]:

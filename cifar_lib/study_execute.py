@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -99,13 +100,18 @@ def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> N
             `scratch_folder(experiment)`.
         ValueError: another process executes this experiment.
     """
-    scratch = scratch_folder(experiment)
-    scratch.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(scratch.with_name(f".{scratch.name}.lock"), timeout=0):
-            _execute(experiment, key, console, scratch)
+        with _lock(experiment):
+            _execute(experiment, key, console, scratch_folder(experiment))
     except Timeout:
         raise ValueError("another process executes this experiment") from None
+
+
+def _lock(experiment: Experiment) -> FileLock:
+    """Held by who executes an experiment; raises Timeout at once where another holds it."""
+    scratch = scratch_folder(experiment)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(scratch.with_name(f".{scratch.name}.lock"), timeout=0)
 
 
 def _execute(experiment: Experiment, key: str, console: TextIO, scratch: Path) -> None:
@@ -198,8 +204,10 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
 def take_back_report(experiment: Experiment) -> None:
     """Puts the old report back if its replacement was killed between the two renames."""
     old = _beside(experiment.destination, "old")
-    if old.exists() and not experiment.destination.exists():
-        os.replace(old, experiment.destination)
+    if old.exists():
+        with suppress(Timeout), _lock(experiment):  # another process may be between them just now
+            if not experiment.destination.exists():
+                os.replace(old, experiment.destination)
 
 
 def _beside(destination: Path, name: str) -> Path:

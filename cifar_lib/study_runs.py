@@ -71,8 +71,10 @@ def runs(
         if published and folder.name in published and not results.is_finished(folder):
             finished.append(published[folder.name])
             other = finished[-1].summary.get("code_sha256") != training_code_sha256()
-            of = ", of other training code" * other
-            print(f"{label}, seed {seed}: as {shown(finished[-1].path)} tells{of}")
+            print(
+                f"{label}, seed {seed}: as {shown(finished[-1].path)} tells"
+                + ", of other training code" * other
+            )
             continue
         bar = _wants_bar(progress)
         finished.append(complete_run(folder, config, seed, splits, preset, label, bar))
