@@ -121,6 +121,21 @@ def evaluate(run: RunFolder) -> None:
 
 
 @app.command()
+def compare(
+    run: RunFolder,
+    report: Annotated[str, typer.Argument(help="A published stage, NOTEBOOK/EXPERIMENT.")],
+) -> None:
+    """Say whether a run beats a published report, image by image of the same test set."""
+    from cifar_lib.predict import find_run
+    from cifar_lib.predict_stage import compare_with_report
+
+    table = compare_with_report(find_run(run), report)
+    typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    typer.echo("Percent of the test images; 95 % interval (bootstrap), p (McNemar): of these runs,")
+    typer.echo("not of their recipes, which take several seeds. Choose on validation, look once.")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
     to: Annotated[Path | None, typer.Option(help="Another folder than cifar_lib/shipped.")] = None,

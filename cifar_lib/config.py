@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `params/`, `notebooks/`, `reports/`, `runs/` and `data/` lie below it."""
+ROOT = ROOT if (ROOT / "params").is_dir() else Path.cwd()  # installed alone: not in site-packages
 
 
 def _number(value: object) -> object:

@@ -43,7 +43,7 @@ def class_scores(
         )
     counts = np.mean([confusion(seed, labels, len(class_names)) for seed in logits], axis=0)
     right, called, true = np.diag(counts), counts.sum(axis=0), counts.sum(axis=1)
-    table = pd.DataFrame({"class_name": list(class_names), "n": true.astype(int)})
+    table = pd.DataFrame({"class_name": list(class_names), "n": true.round().astype(int)})
     for name, of in zip(SCORES, (called, true, called + true - right), strict=True):
         ends = np.full((3, len(class_names)), np.nan)
         for k in np.flatnonzero(of):

@@ -16,6 +16,9 @@ from scipy import optimize, stats
 from cifar_lib.evaluate import Interval, mean_interval
 
 _OF, _WORTH = ("mean", "low", "high"), ("worth", "worth_low", "worth_high")
+_HOW = ("worth_n", "method", "verdict")
+FEWEST_FOR_A_VERDICT = 3
+"""Two pairs agree by chance to one image now and then: an interval as narrow shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Difference(Interval):
             return "not measured"
         if self.low is None or self.high is None:
             return "one run on a side: no interval"
+        if self.n < FEWEST_FOR_A_VERDICT:
+            return "two runs on a side: too few for a verdict"
         if self.low <= 0 <= self.high:
             return "nothing was shown"
         return "higher" if self.low > 0 else "lower"
@@ -47,9 +52,10 @@ def difference_interval(
         level: confidence level of this one comparison, 0..1.
 
     Returns:
-        Where both have the same seeds, Student's interval of the paired differences, since a seed
-        decides the initial weights and the order of the images of both; else Welch's, of the
-        difference of the means. Where a side has one run there is no interval.
+        Student's interval of the paired differences at the seeds that both have, since a seed
+        decides the initial weights and the order of the images of both; what one side has beyond
+        them does not count. Where they share fewer than two, Welch's of the difference of the
+        means, unless each has that one alone. Where a side has one run there is no interval.
 
     Raises:
         ValueError: a side has no values.
@@ -58,8 +64,9 @@ def difference_interval(
     """
     if not values or not reference:
         raise ValueError("values, reference: got none; allowed is at least one run each")
-    if values.keys() == reference.keys():
-        pairs = mean_interval([values[seed] - reference[seed] for seed in values], level)
+    shared = values.keys() & reference.keys()
+    if len(shared) > 1 or values.keys() == reference.keys():
+        pairs = mean_interval([values[seed] - reference[seed] for seed in sorted(shared)], level)
         return Difference(pairs.mean, pairs.low, pairs.high, pairs.n, "paired by seed")
     a, b = (np.array(list(side.values())) for side in (values, reference))
     mean, n = float(a.mean() - b.mean()), min(len(a), len(b))
@@ -88,7 +95,8 @@ def compare_recipes(
 
     Returns:
         A row a variant, in the order of the frame: n, sd (over seeds), mean, low, high; against,
-        worth, worth_low, worth_high, method and verdict, empty for a reference.
+        worth, worth_low, worth_high, worth_n (`Difference.n`), method and verdict, empty for a
+        reference.
     """
     runs = {
         str(name): dict(zip(part["seed"], part[value].astype(float), strict=True))
@@ -102,11 +110,13 @@ def compare_recipes(
         against = reference.get(name, name)
         if against != name:
             d = difference_interval(values, runs[against], level)
-            rows[name] |= {"against": against, "method": d.method, "verdict": d.verdict}
             rows[name] |= dict(zip(_WORTH, (d.mean, d.low, d.high), strict=True))
+            rows[name] |= dict(zip(_HOW, (d.n, d.method, d.verdict), strict=True))
+            rows[name]["against"] = against
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table = table.reindex(columns=["n", "sd", *_OF, "against", *_WORTH, "method", "verdict"])
-    return table.astype(dict.fromkeys([*_OF, *_WORTH], float)).rename_axis("variant")
+    table = table.reindex(columns=["n", "sd", *_OF, "against", *_WORTH, *_HOW])
+    types = dict.fromkeys([*_OF, *_WORTH], float) | {"worth_n": "Int64"}
+    return table.astype(types).rename_axis("variant")
 
 
 def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100) -> list[str]:
@@ -121,7 +131,7 @@ def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100)
     for name, row in table[table["worth"].notna()].iterrows():
         worth, low, high = (scale * row[column] for column in _WORTH)
         interval = "" if pd.isna(low) else f" [{low:+.2f}, {high:+.2f}]"
-        how = f"n = {row['n']}, {row['method']}"
+        how = f"n = {row['worth_n']}, {row['method']}"
         text = f"{worth:+.2f} {unit}{interval} against {row['against']} ({how})"
         lines.append(f"{name}: {text}: {row['verdict']}")
     return lines
@@ -130,19 +140,23 @@ def verdict_lines(table: pd.DataFrame, unit: str = "points", scale: float = 100)
 def overfitting(train: pd.Series, val: pd.Series) -> dict[str, Any]:
     """Whether a run overfits from the epoch of its lowest validation loss to its last.
 
-    It does if validation loss rose by more than it usually moves between two epochs (`usual`, the
-    median) while training loss fell. A rise alone says nothing: a lowest point always exists.
+    It does if validation loss rose by more than twice what it usually moves between two epochs
+    (`usual`, the median) while training loss fell. A rise alone says nothing: a lowest point always
+    exists, and of many noisy epochs it lies deep. So the means of three epochs are compared, the
+    last and those around the lowest; of plateaus of 20 epochs, noise alone, one in 14 passes.
 
     Args:
         train: training loss by epoch, nats; the index is the epoch.
         val: validation loss, likewise.
 
     Returns:
-        lowest_at, the epoch; rise and usual, nats; and shown, whether it overfits.
+        lowest_at, the epoch; rise from it to the last, and usual, nats; shown, whether it overfits.
     """
     lowest = int(val.to_numpy().argmin())
     rise, usual = float(val.iloc[-1] - val.iloc[lowest]), float(val.diff().abs().median())
-    shown = rise > usual and bool(train.iloc[-1] < train.iloc[lowest])
+    around = val.rolling(3, center=True, min_periods=1).mean().iloc[lowest]
+    rose = bool(val.iloc[-3:].mean() - around > 2 * usual)
+    shown = rose and bool(train.iloc[-1] < train.iloc[lowest])
     return {"lowest_at": val.index[lowest], "rise": rise, "usual": usual, "shown": shown}
 
 

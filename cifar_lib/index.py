@@ -111,7 +111,7 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
 
 
 def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any]]) -> str:
-    """A line of an answer; if it compares with another report's former runs, it says so instead."""
+    """A line of an answer, with a word if it compares with ImageNet's weights or former runs."""
     compared = re.match(r"against (\S+): ([+-][\d.]+) points", line)
     if compared is None:
         return line
@@ -119,7 +119,12 @@ def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any
         if other.get("path") == compared[1] and other["runs"]:
             now = summary["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
             if abs(100 * now - float(compared[2])) > 0.011:
-                return f"against {compared[1]}: measured anew since; its report compares the two"
+                return (
+                    f"against {compared[1]}: measured anew since; what this report shows of it, in "
+                    "charts too, is the former; its own report compares the two"
+                )
+            if row_of(other)["weights"] and not row_of(summary)["weights"]:
+                return f"{line}; that one started from ImageNet's weights"
     return line
 
 

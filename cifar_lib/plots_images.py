@@ -65,7 +65,6 @@ def mistakes_grid(
     class_names: Sequence[str],
     n: int = 18,
     *,
-    columns: int = 6,
     caption_text: str = "",
 ) -> Chart:
     """Shows the wrong predictions of which the model was surest, surest first.
@@ -76,13 +75,13 @@ def mistakes_grid(
         probabilities: float (N, K), 0..1.
         class_names: K names.
         n: show at most this many.
-        columns: pictures side by side.
         caption_text: see `plots.caption`.
     """
     truth, p = np.asarray(labels), np.asarray(probabilities)
     predicted, confidence = p.argmax(axis=1), p.max(axis=1)
     wrong = np.flatnonzero(predicted != truth)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:n]
+    columns = 6
     rows = max(1, -(-len(wrong) // columns))
     figure, axes = new_figure(rows * (WIDTH / columns + 0.6) + 0.25, rows, columns)
     pictures = to_pixels(images[wrong]) if len(wrong) else ()

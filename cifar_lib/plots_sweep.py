@@ -18,20 +18,12 @@ COLORS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
 LEVEL = 0.95
 
 
-def run_points(
-    frame: pd.DataFrame,
-    value: str = "val_accuracy",
-    *,
-    xlabel: str = "validation accuracy",
-    caption_text: str = "",
-) -> Chart:
+def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     """Draws every run as a point and each variant's mean with Student's 95 % interval.
 
     Args:
-        frame: a row a run: group (a panel each), variant and the value, 0..1; in the order in
+        frame: a row a run: group (a panel each), variant and val_accuracy, 0..1; in the order in
             which they are drawn. A variant may stand in several groups.
-        value: the column drawn.
-        xlabel: what it is.
         caption_text: see `caption`.
     """
     groups = frame["group"].unique()
@@ -45,7 +37,7 @@ def run_points(
         part = frame[frame["group"] == group]
         names = list(part["variant"].unique())
         for row, name in enumerate(names):
-            values = part.loc[part["variant"] == name, value].astype(float).to_numpy()
+            values = part.loc[part["variant"] == name, "val_accuracy"].astype(float).to_numpy()
             ax.plot(values, np.full(len(values), row), "o", color=GREY, alpha=0.6, markersize=4)
             interval = mean_interval(list(values), LEVEL)
             if interval.low is not None and interval.high is not None:
@@ -57,7 +49,9 @@ def run_points(
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
-    axes[-1].set_xlabel(f"{xlabel}: each run (grey), mean and 95 % interval over seeds (blue)")
+    axes[-1].set_xlabel(
+        "validation accuracy: each run (grey), mean and 95 % interval over seeds (blue)"
+    )
     return caption(figure, caption_text)
 
 

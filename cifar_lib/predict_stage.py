@@ -1,14 +1,19 @@
 """What every stage's notebook measures of its finished runs, and the checks it ends with."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
+from cifar_lib.config import ROOT
 from cifar_lib.data import ImageSet, Splits, evenly_spread
 from cifar_lib.evaluate import accuracy
 from cifar_lib.evaluate_calibration import calibration_frame, fit_temperature
+from cifar_lib.evaluate_compare import compare_paired
 from cifar_lib.evaluate_robustness import SEVERITIES, corruption_frame
 from cifar_lib.predict import predictor
-from cifar_lib.results import Run, metrics_frame, results_frame
+from cifar_lib.results import LOGITS, Run, metrics_frame, results_frame
 
 
 def calibration_table(runs: list[Run], splits: Splits) -> pd.DataFrame:
@@ -68,6 +73,46 @@ def prediction_table(runs: list[Run], test: ImageSet) -> pd.DataFrame:
 def right_answers(predictions: pd.DataFrame) -> pd.DataFrame:
     """Which answers of a `prediction_table` are right: bool, a column a seed."""
     return predictions.drop(columns="label").eq(predictions["label"], axis="index")
+
+
+def compare_with_report(
+    run: Run, report: str, reports_dir: str | Path = "reports/full"
+) -> pd.DataFrame:
+    """Holds a finished run against every seed of a published stage, on the same test images.
+
+    Args:
+        run: has its answers to the test images, which the shipped model lacks.
+        report: `notebook/experiment` of a stage; a sweep keeps no answers.
+        reports_dir: from the root of the checkout.
+
+    Returns:
+        A row a seed of the report: seed, ours and theirs (test accuracy without test-time
+        augmentation), difference with low and high (95 % bootstrap over the images), all percent,
+        and p (McNemar, exact). It is about these runs: another seed of either recipe may differ.
+
+    Raises:
+        ValueError: there is no such report, the data differ, or the run has no answers.
+    """
+    root = ROOT / reports_dir
+    known = sorted(p.parent.relative_to(root).as_posix() for p in root.glob("*/*/predictions.csv"))
+    if report not in known:
+        raise ValueError(f"{report}: no report with predictions; there are {', '.join(known)}")
+    summary = json.loads((root / report / "summary.json").read_text(encoding="utf-8"))
+    if summary["dataset"]["sha256"] != run.summary["dataset"]["sha256"]:
+        ours, theirs = run.summary["dataset"]["name"], summary["dataset"]["name"]
+        raise ValueError(f"{run.path}: its data ({ours}) are not those of {report} ({theirs})")
+    if not (run.path / LOGITS).is_file():
+        raise ValueError(f"{run.path}: has no {LOGITS}; train a run of this configuration")
+    predictions = pd.read_csv(root / report / "predictions.csv")
+    right = (run.test_logits.argmax(1).numpy() == predictions["label"]).to_numpy()
+    rows = []
+    for column, answers in right_answers(predictions).items():
+        found = compare_paired(right, answers.to_numpy())
+        names = {"accuracy_first": "ours", "accuracy_second": "theirs"}
+        names |= {name: name for name in ("difference", "low", "high")}
+        row = {new: 100 * found[old] for old, new in names.items()}
+        rows.append({"seed": str(column).removeprefix("seed_")} | row | {"p": found["p_exact"]})
+    return pd.DataFrame(rows)
 
 
 def stage_checks(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,9 @@ _NUMBERS = {
     "other_load",
     "reported_accuracy",
 }
+
+
+OF_A_RUN = ("git_commit", "code_sha256", "hardware")
 
 
 class Report:
@@ -100,11 +104,8 @@ class Report:
             "config_fingerprint": first.get("config_fingerprint"),
             "dataset": first.get("dataset") or (asdict(dataset) if dataset else None),
             "model": first.get("model"),
-            # Each with the code that it is of: the seeds of a report may be of several.
-            "runs": [
-                run.summary["result"] | {k: run.summary[k] for k in ("git_commit", "code_sha256")}
-                for run in runs
-            ],
+            # Each with its code and machine: the seeds of a report may be of several.
+            "runs": [run.summary["result"] | {k: run.summary[k] for k in OF_A_RUN} for run in runs],
             "test_accuracy": _interval([r.summary["result"]["test_accuracy"] for r in runs]),
             "test_accuracy_tta": _interval(
                 [r.summary["result"]["test_accuracy_tta"] for r in runs]
@@ -144,6 +145,8 @@ class Report:
             rows[name] = row_of(part.finish(finished[0].config, finished, variant=name))
         columns = ("n", "val_accuracy", "test_accuracy", "low", "high", "train_seconds")
         results = {name: {key: row[key] for key in columns} for name, row in rows.items()}
+        several = machines_line([run for finished in runs.values() for run in finished])
+        more["answer"] = [*more.get("answer", []), *several]
         self.finish(None, [], dataset, variants=results, **more)
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
 
@@ -180,12 +183,11 @@ def summary_paths(root: Path) -> list[Path]:
     return [path for path in found if "/." not in f"/{path.relative_to(root).as_posix()}"]
 
 
-def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict[str, Any]]:
-    """Reads every `summary.json` below a folder, in path order.
+def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
+    """Reads every `summary.json` below a folder, in path order, but for a sweep's variants'.
 
     Args:
         reports_dir: the folder, from the root of the checkout.
-        variants: whether those of a sweep's variants count; the sweep's own names them anyway.
 
     Returns:
         The summaries, each with `path`, its folder relative to `reports_dir`.
@@ -200,7 +202,7 @@ def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict
             row_of(summary)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
-        if variants or "variant" not in summary:
+        if "variant" not in summary:
             summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
     return summaries
 
@@ -208,10 +210,11 @@ def read_summaries(reports_dir: str | Path, variants: bool = False) -> list[dict
 def row_of(summary: dict[str, Any]) -> dict[str, Any]:
     """One row of the comparison: accuracies in 0..1, times in seconds a seed.
 
-    The time is the mean of the seeds that had the machine to themselves; if none had
+    The time is the mean of the seeds that had the summary's machine to themselves; if none had
     (`shared_machine`), that of the longest, a bound. The load is the highest of the same seeds.
     """
-    runs, reported = summary["runs"], summary["reported"] or {}
+    hardware, reported = summary["hardware"], summary["reported"] or {}
+    runs = [run for run in summary["runs"] if run.get("hardware", hardware) == hardware]
     quiet = list(filter(alone, runs))
     seconds = [run["train_seconds"] for run in quiet or runs]
     dataset = summary["dataset"] or {}
@@ -238,7 +241,7 @@ def row_of(summary: dict[str, Any]) -> dict[str, Any]:
         "reported_accuracy": reported.get("accuracy"),
         "reported_by": reported.get("by"),
         "reported_on": reported.get("on"),
-        "machine": _machine(summary["hardware"]),
+        "machine": _machine(hardware),
     }
 
 
@@ -266,6 +269,13 @@ def caption_of(info: DataInfo) -> str:
     if info.name == "digits":
         text += " A stand-in's numbers say nothing about CIFAR-10."
     return text
+
+
+def machines_line(runs: list[Run]) -> list[str]:
+    """Says on which machines runs were trained, if on several: that moves numbers, and times."""
+    counts = Counter(_machine(run.summary.get("hardware")) or "an unnamed one" for run in runs)
+    told = "; ".join(f"{n} on {machine}" for machine, n in counts.items())
+    return [f"runs of several machines or precisions: {told}"] if len(counts) > 1 else []
 
 
 def _machine(hardware: dict[str, Any] | None) -> str | None:

@@ -1,15 +1,18 @@
 """Reports side by side: what each source reports and what was measured, one stage and another."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cifar_lib.config import ROOT
+from cifar_lib.evaluate import mean_interval
 from cifar_lib.reports import read_summaries
 
-MEASURES = {"validation": "val_accuracy", "TTA": "test_accuracy_tta"}
-"""What a source's `reported_on` names → the same of ours; else plain test accuracy."""
+MEASURES = {"validation": "val_accuracy_last", "TTA": "test_accuracy_tta"}
+"""What a source's `reported_on` names → the same of ours, of a run; else plain test accuracy.
+The sources that report validation do so for their last epoch."""
 
 COLUMNS = [
     "study",
@@ -84,9 +87,11 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
     rows = []
     for system in systems.dropna(subset="reported_accuracy").to_dict("records"):
         measure = [ours for word, ours in MEASURES.items() if word in system["reported_on"]]
-        interval = ran.get(system["experiment"], {}).get([*measure, "test_accuracy"][0])
-        if interval:
-            rows.append(system | interval | {"measured": interval["mean"]})
+        runs = ran.get(system["experiment"], {"runs": []})["runs"]
+        values = [run.get([*measure, "test_accuracy"][0]) for run in runs]
+        if values and None not in values:
+            interval = mean_interval(values)
+            rows.append(system | asdict(interval) | {"measured": interval.mean})
     return (
         pd.DataFrame(rows)
         .rename(columns={"reported_accuracy": "reported"})

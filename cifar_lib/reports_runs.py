@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
-from cifar_lib.reports import Report, summary_paths
+from cifar_lib.reports import OF_A_RUN, Report, machines_line, summary_paths
 from cifar_lib.results import Run
 
 logger = logging.getLogger(__name__)
@@ -17,8 +17,8 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
     """Reads every run of the reports below a folder, those of a sweep's variants too.
 
     A run found so has its configuration, history and figures; neither weights nor logits, for its
-    `path` is the report's folder. Of its hardware only what the report names is known. A broken
-    report tells nothing; a warning names it.
+    `path` is the report's folder. An older report names the hardware of one run alone, and that is
+    taken for all of its runs. A broken report tells nothing; a warning names it.
 
     Args:
         reports_dir: from the root of the checkout, or absolute; may be missing.
@@ -36,7 +36,8 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
             config = config_of(summary["config"])
             history = dict(tuple(pd.read_csv(path.with_name("metrics.csv")).groupby("seed")))
             for result in summary["runs"]:
-                seed, facts = result["seed"], summary | result | {"result": result}
+                seed, facts = result["seed"], summary | result
+                facts["result"] = {k: v for k, v in result.items() if k not in OF_A_RUN}
                 name = f"{seed}-{summary['config_fingerprint']}"
                 found[name] = Run(path.parent, config, seed, history[seed], facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -75,5 +76,5 @@ def keep_other_seeds(new: Path, old: Path) -> None:
     kept = ", ".join(map(str, seeds))
     note = f"seeds {kept} are kept from an earlier execution; the notebook shows the others"
     runs = [run for _, run in sorted((told | here).items())]
-    answer = [note, *summary["answer"]]
+    answer = [note, *machines_line(runs), *summary["answer"]]
     report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)

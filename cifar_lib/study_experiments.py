@@ -148,19 +148,18 @@ def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Pa
 
     A notebook's own defaults make it a smoke run of seconds. Where such a default is not that
     of TrainConfig, a parameter file has to say what it wants; what it leaves out is TrainConfig's.
+    A notebook that trains takes every field of TrainConfig, among its parameters or not.
 
     Raises:
         ValueError: names the file, the parameter and what the notebook accepts.
     """
-    accepted = notebook_parameters(notebook)
-    unknown = sorted(set(parameters) - (set(accepted) - set(RUNNER_PARAMETERS)))
-    if unknown:
-        names = ", ".join(sorted(set(accepted) - set(RUNNER_PARAMETERS)))
+    accepted, fields = notebook_parameters(notebook), TrainConfig.model_fields
+    allowed = {*accepted, *(fields if "epochs" in accepted else ())} - set(RUNNER_PARAMETERS)
+    if unknown := sorted(set(parameters) - allowed):
         raise ValueError(
             f"{where}: unknown parameter {', '.join(map(repr, unknown))}; "
-            f"{notebook.name} accepts: {names}"
+            f"{notebook.name} accepts: {', '.join(sorted(allowed))}"
         )
-    fields = TrainConfig.model_fields
     smoke = [name for name, value in accepted.items() if name in fields and _differs(name, value)]
     missing = [name for name in ["question", *smoke] if name in accepted and name not in parameters]
     if missing:

@@ -8,7 +8,7 @@ from cifar_lib.config import ROOT
 
 SWEEP = str(ROOT / "params/02_speed/ablations.yaml")
 FIXTURES = str(ROOT / "tests/fixtures/reports/02_speed")
-COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report"]
+COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report", "compare"]
 
 
 def test_help_names_every_command(call):
@@ -31,6 +31,8 @@ def test_each_command_explains_itself(call, command):
         (["study", "--seeds", "0"], "--seeds"),
         (["study", "--nothing"], "--nothing"),
         (["nothing"], "nothing"),
+        (["compare", "shipped", "02_speed/none"], "no report with predictions; there are 01_"),
+        (["compare", "shipped", "02_speed/smallcnn"], "has no logits.safetensors"),
         (["train", "none.yaml"], "none.yaml: No such file"),
         (["train", "PARAMS", "-p", "epochs"], "-p 'epochs': expected NAME=VALUE"),
         (["train", "PARAMS", "-p", "epochs=[1"], "the value is not YAML"),
@@ -76,6 +78,23 @@ def test_train_then_evaluate(call, tmp_path, monkeypatch):
     status, again, _ = call("evaluate", str(folder))
     assert status == 0
     assert again.split("test_accuracy ")[1].split(" ")[0] in out
+
+
+@pytest.mark.timeout(400)
+def test_study_leaves_an_index_repeats_nothing_and_says_what_failed(clone):
+    text = clone.params.read_text().replace("epochs: 1000", "epochs: 1")
+    clone.params.write_text(text)
+    status, out, err = clone.run("study")
+    assert (status, err) == (0, "") and "[1/1] toy/one: done in" in out
+    index = clone.root / "reports/quick/README.md"
+    assert out.endswith("index: reports/quick/README.md\n")
+    assert "(toy/one/executed.ipynb)" in index.read_text()
+    status, out, _ = clone.run("study")
+    assert status == 0 and "[1/1] toy/one: up to date" in out
+    clone.params.write_text(text + "learning_rate: 1.0e+30\n")
+    status, out, _ = clone.run("study")
+    assert status == 1 and "[1/1] toy/one: FAILED" in out and "failed: toy/one" in out
+    assert "(toy/one/executed.ipynb)" in index.read_text()  # the report before is still there
 
 
 def test_data_says_what_it_found(call):

@@ -77,16 +77,22 @@ def test_systems_say_what_the_parameter_files_say():
 
 
 def test_a_reported_accuracy_stands_beside_the_same_measure_of_ours():
-    interval = {"low": 0.8, "high": 0.9, "n": 3}
-    measures = {"val_accuracy": 0.81, "test_accuracy": 0.82, "test_accuracy_tta": 0.83}
-    ran = {name: interval | {"mean": mean} for name, mean in measures.items()}
+    measures = {"val_accuracy_last": 0.81, "test_accuracy": 0.82, "test_accuracy_tta": 0.83}
+    runs = [
+        {name: mean + off for name, mean in measures.items()} | {"val_accuracy": 0.9}
+        for off in (-0.01, 0.0, 0.01)
+    ]
     names = ("01_baseline/study-b", "02_speed/smallcnn-quick", "02_speed/speed-94", "09/mine")
     summaries = [
-        ran | dict(zip(("notebook", "experiment"), name.split("/"), strict=True)) for name in names
+        {"runs": runs} | dict(zip(("notebook", "experiment"), name.split("/"), strict=True))
+        for name in names
     ]
     told = like_for_like(SYSTEMS, summaries).set_index("study")
-    assert told["measured"].to_dict() == {"B": 0.81, "D2": 0.82, "airbench": 0.83}
-    assert told.loc["B", ["reported", "low", "high", "n"]].tolist() == [0.7846, 0.8, 0.9, 3]
+    expected = {"B": 0.81, "D2": 0.82, "airbench": 0.83}
+    assert told["measured"].to_dict() == pytest.approx(expected)
+    half = 4.302653 * 0.01 / 3**0.5  # Student's, two degrees of freedom
+    beside = told.loc["B", ["reported", "low", "high", "n"]].tolist()
+    assert beside == pytest.approx([0.7846, 0.81 - half, 0.81 + half, 3], abs=1e-7)
     assert like_for_like(SYSTEMS, []).empty
 
 

@@ -1,6 +1,8 @@
 """A recipe is refused before anything is loaded, in a line that names field, value and range."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_lib.config import TrainConfig, parse_config, read_yaml
+from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 
 # A published fingerprint hangs on the defaults: changing one would silently change what every
 # summary that leaves it out says. Add fields freely; a changed default needs a new field name.
@@ -115,8 +117,19 @@ def test_every_field_says_what_it_is():
 
 
 def test_defaults_stay_as_published():
-    config = TrainConfig().model_dump()
-    assert {name: config[name] for name in DEFAULTS} == DEFAULTS
+    assert TrainConfig().model_dump() == DEFAULTS, "a new field: write its default into DEFAULTS"
+
+
+def test_without_a_checkout_the_current_folder_stands_in_its_place(tmp_path):
+    shutil.copytree(ROOT / "cifar_lib", tmp_path / "site-packages/cifar_lib")
+    (tmp_path / "mine").mkdir()
+    code = "from cifar_lib import config; print(config.__file__, config.ROOT)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
+    words = [sys.executable, "-c", code]
+    told = subprocess.run(
+        words, capture_output=True, text=True, check=True, cwd=tmp_path / "mine", env=environment
+    ).stdout.split()
+    assert told == [f"{tmp_path}/site-packages/cifar_lib/config.py", f"{tmp_path}/mine"]
 
 
 def test_fingerprint_is_the_same_in_another_process():

@@ -13,7 +13,7 @@ from cifar_lib.models import (
     evaluation_mode,
     flops_per_image,
 )
-from cifar_lib.models.cifar_resnet import Block, CifarResNet, Shortcut, ZeroPadShortcut
+from cifar_lib.models.cifar_resnet import Block, CifarResNet, ZeroPadShortcut
 from cifar_lib.models.vgg import VGG
 
 # Ten classes at width 1. ResNet-18 and VGG: as in kuangliu/pytorch-cifar; cifar_resnet (depth 20):
@@ -136,9 +136,6 @@ def test_cifar_resnet_depths(depth: int, option_a: int, millions: float) -> None
     assert count_parameters(model) == option_a
     assert option_a / 1e6 == pytest.approx(millions, abs=0.03)
     assert 1 + sum(isinstance(m, nn.Conv2d) for m in model.modules()) == depth
-    # Option B adds 1×1 convolutions 16→32 and 32→64, each with a batch norm.
-    extra = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
-    assert count_parameters(CifarResNet(depth=depth, shortcut="B")) == option_a + extra
 
 
 def test_zero_pad_shortcut_keeps_every_second_pixel() -> None:
@@ -148,9 +145,8 @@ def test_zero_pad_shortcut_keeps_every_second_pixel() -> None:
     assert not y[0, 2:].any()
 
 
-@pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_block_adds_its_shortcut(shortcut: Shortcut) -> None:
-    block, x = Block(4, 8, 2, shortcut), torch.randn(2, 4, 6, 6)
+def test_block_adds_its_shortcut() -> None:
+    block, x = Block(4, 8, 2), torch.randn(2, 4, 6, 6)
     nn.init.zeros_(block.bn2.weight)  # silences the convolutions
     assert torch.equal(block(x), block.shortcut(x).relu())
 
@@ -197,11 +193,6 @@ def test_refusals_are_one_line_with_field_value_and_what_is_allowed(
     with pytest.raises(ValueError, match=r"^[^\n]+$") as refusal:
         build_model(TrainConfig(**fields), num_classes=10)
     assert all(word in str(refusal.value) for word in words)
-
-
-def test_unknown_shortcut_is_refused() -> None:
-    with pytest.raises(ValueError, match="shortcut: got 'C'; allowed are 'A' and 'B'"):
-        CifarResNet(shortcut="C")  # type: ignore[arg-type]
 
 
 def test_vgg_is_made_for_32_pixels() -> None:

@@ -1,12 +1,15 @@
 """The notebooks' saved outputs are a test that can fail; generated text has not drifted."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
 import nbformat
 import pytest
 
-from cifar_lib import index
+from cifar_lib import index, reports
 from cifar_lib.config import ROOT
 from cifar_lib.reports import read_summaries
 
@@ -48,6 +51,67 @@ def test_drift_is_seen(monkeypatch):
     summaries = read_summaries("tests/fixtures/reports")
     monkeypatch.setattr(index, "read_summaries", lambda _: summaries)
     assert {path.name for path in index.drifted_files()} >= {"README.md", "01_baseline.ipynb"}
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """A checkout's texts that are generated, and what they are generated from."""
+    texts = [*index.generated_files(), *ROOT.glob(f"{index.FULL}/**/summary.json")]
+    for path in [*texts, ROOT / index.SYSTEMS]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    monkeypatch.setattr(index, "ROOT", tmp_path)
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_report_mends_what_drifted_and_check_only_names_it(copies, call):
+    assert call("report", "--check") == (0, "", "")
+    readme = copies / "README.md"
+    whole = readme.read_text()
+    readme.write_text(whole.replace("| experiment |", "| altered |"))
+    status, out, _ = call("report", "--check")
+    assert status == 1 and out.startswith("drifted: ") and out.endswith("README.md\n")
+    assert readme.read_text() != whole
+    status, out, _ = call("report")
+    assert status == 0 and out.startswith("updated: ") and out.count("\n") == 1
+    assert readme.read_text() == whole and call("report", "--check")[0] == 0
+
+
+def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = [
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
+        for name in ("README.md", "README.ko.md")
+    ]
+    assert blocks[0] == blocks[1] and len(blocks[0]) == 1
+    exec(blocks[0][0], {})  # noqa: S102
+    assert capsys.readouterr().out == "cat 0.87\n"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_an_interval_in_the_readme_is_one_of_the_report_that_it_links(name):
+    """What prose says of a report ("6.8 points [3.9, 9.6]"), rounded, and up to its sign."""
+    compared = 0
+    text = re.sub(r"<!-- results:begin.*results:end -->", "", (ROOT / name).read_text(), flags=re.S)
+    for item in re.split(r"\n(?=- |\n)", text):
+        linked = re.findall(r"\((reports/full/\S+?)/executed\.ipynb\)", item)
+        measured = []
+        for path in linked:
+            summary = json.loads((ROOT / path / "summary.json").read_text())
+            answers = " ".join(summary.get("answer", []))
+            rows = re.findall(r"([+-][\d.]+) \w+ \[([+-][\d.]+), ([+-][\d.]+)\]", answers)
+            measured += [[abs(float(x)) for x in row] for row in rows]
+            if reached := summary["test_accuracy"]:
+                measured.append([100 * (reached[key] or 0) for key in ("mean", "low", "high")])
+        for row in re.findall(r"(\d+\.\d+)[^\d\[\]]*\[(\d+\.\d+), (\d+\.\d+)\]", item):
+            off = 0.501 * 10 ** -len(row[0].partition(".")[2])
+            told = sorted(map(float, row))
+            near = [m for m in measured if told == pytest.approx(sorted(m), abs=off)]
+            assert near, f"{row} is in no report of {linked}"
+            compared += 1
+    assert compared >= 7
 
 
 def test_a_time_from_a_shared_machine_is_only_a_bound():

@@ -1,6 +1,7 @@
 """What a stage measures of its finished runs, and the checks that its notebook ends with."""
 
 import dataclasses
+import json
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cifar_lib.predict_stage import (
     calibration_table,
     calibration_verdict,
+    compare_with_report,
     corruption_table,
     prediction_table,
     right_answers,
@@ -36,6 +38,41 @@ def test_every_run_stands_in_every_table(runs, digits):
     corruptions = corruption_table(runs, digits.test, 50)
     assert len(corruptions) == 2 * 26 and set(corruptions.n) == {50}
     assert all(stage_checks(runs, [0, 1], digits, calibration, corruptions).values())
+
+
+@pytest.fixture
+def published(runs, digits, tmp_path):
+    """A folder of reports with one stage, whose seeds are the two runs."""
+    folder = tmp_path / "02_x/stage"
+    folder.mkdir(parents=True)
+    prediction_table(runs, digits.test).to_csv(folder / "predictions.csv", index=False)
+    (folder / "summary.json").write_text(json.dumps({"dataset": runs[0].summary["dataset"]}))
+    return tmp_path
+
+
+def test_a_run_is_held_against_every_seed_of_a_report(runs, published):
+    table = compare_with_report(runs[0], "02_x/stage", published)
+    accuracies = [100 * run.summary["result"]["test_accuracy"] for run in runs]
+    assert table["theirs"].tolist() == pytest.approx(accuracies)
+    assert table["ours"].tolist() == pytest.approx([accuracies[0]] * 2)
+    assert table["difference"].tolist() == pytest.approx([0, accuracies[0] - accuracies[1]])
+    assert table.loc[0, ["low", "high", "p"]].tolist() == [0, 0, 1] and list(table.seed) == [
+        "0",
+        "1",
+    ]
+    assert table.loc[1, "low"] < table.loc[1, "difference"] < table.loc[1, "high"]
+
+
+def test_what_cannot_be_compared_is_one_line(runs, published, tmp_path):
+    with pytest.raises(ValueError, match="02_x/other: no report with predictions; .*02_x/stage"):
+        compare_with_report(runs[0], "02_x/other", published)
+    bare = dataclasses.replace(runs[0], path=tmp_path)
+    with pytest.raises(ValueError, match="has no logits.safetensors"):
+        compare_with_report(bare, "02_x/stage", published)
+    data = runs[0].summary["dataset"] | {"sha256": "0" * 64, "name": "cifar10"}
+    (published / "02_x/stage/summary.json").write_text(json.dumps({"dataset": data}))
+    with pytest.raises(ValueError, match=r"its data \(digits\) are not those .* \(cifar10\)"):
+        compare_with_report(runs[0], "02_x/stage", published)
 
 
 def test_without_validation_nothing_is_fitted(runs, digits):

@@ -105,6 +105,12 @@ def test_a_mistake_is_refused_before_anything_runs(checkout, preset, only, text,
     assert not (checkout / "runs").exists() and not (checkout / "reports").exists()
 
 
+def test_a_file_may_set_a_field_that_the_notebook_does_not_list(checkout):
+    (checkout / "params/toy/one.yaml").write_text(ONE + "eval_batch_size: 64\n")
+    (one,) = study_experiments.load_preset("quick", "toy/one", None)
+    assert one.config.eval_batch_size == 64
+
+
 def run_study(only="*", **options) -> tuple[list[str], str]:
     console = io.StringIO()
     failed = study.study("quick", only, console=console, **options)

@@ -1,6 +1,7 @@
 """A sweep file: read whole and checked whole; what is shared or published is trained once."""
 
 import dataclasses
+import json
 import shutil
 
 import nbformat
@@ -136,9 +137,29 @@ def test_a_sweeps_report_has_a_folder_for_each_variant(tmp_path, counted):
     (sweep,) = read_summaries("out")
     assert sweep["path"] == "s" and sweep["runs"] == [] and list(sweep["variants"]) == list(runs)
     assert (tmp_path / "out/s/slow/metrics.csv").is_file()
-    parts = [s for s in read_summaries("out", variants=True) if "variant" in s]
-    assert [s["path"] for s in parts] == ["s/default", "s/same", "s/slow"]
-    assert study_sweep.SAFE_NAME.fullmatch(parts[0]["variant"])
+    parts = sorted(tmp_path.glob("out/s/*/summary.json"))
+    told = [json.loads(path.read_text())["variant"] for path in parts]
+    assert told == ["default", "same", "slow"]
+    assert sweep["answer"] == []
+
+
+def test_runs_of_several_machines_are_told_and_a_time_is_of_one(tmp_path, counted):
+    (tmp_path / "s.yaml").write_text(TEXT)
+    runs = sweep_runs(read_sweep(tmp_path / "s.yaml", seeds=[0, 1]))
+    here, other = runs["slow"]
+    other.summary["hardware"] = other.summary["hardware"] | {"name": "Other", "precision": "bf16"}
+    for run, seconds in ((here, 10.0), (other, 30.0)):
+        run.summary["result"] |= {"train_seconds": seconds, "other_load": 0.0}
+    table = Report("out/s", "06_x", "s", "full", "Q?").finish_sweep(runs, answer=["found"])
+    (sweep,) = read_summaries("out")
+    found, told = sweep["answer"]
+    assert found == "found" and told.startswith("runs of several machines or precisions: 5 on ")
+    assert "; 1 on Other, " in told and told.endswith(", bf16")
+    assert table.loc["slow", "train_seconds"] == 10
+    # Read back, each run still has the machine of its own.
+    published = reports_runs.published_runs("out")
+    assert published[other.path.name].summary["hardware"] == other.summary["hardware"]
+    assert published[here.path.name].summary["hardware"] == here.summary["hardware"]
 
 
 @pytest.fixture
@@ -158,8 +179,7 @@ def test_what_a_published_report_tells_is_not_trained_again(tmp_path, published,
     assert not counted and "06_x/s/slow tells\n" in capsys.readouterr().out
     for name, runs in published.items():
         for frame in (metrics_frame, results_frame):
-            told = frame(again[name]).drop(columns=["git_commit", "code_sha256"], errors="ignore")
-            pd.testing.assert_frame_equal(told, frame(runs), check_dtype=False)
+            pd.testing.assert_frame_equal(frame(again[name]), frame(runs), check_dtype=False)
     told = Report("out", "06_x", "s", "full", "Q?").finish_sweep(again)
     pd.testing.assert_frame_equal(
         told, Report("", "06_x", "s", "full", "Q?").finish_sweep(published)

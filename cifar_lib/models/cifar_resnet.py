@@ -5,14 +5,10 @@ Origin: written from the paper. Blocks are post-activation, as there: convolutio
 ReLU, convolution, batch norm, plus the shortcut, then ReLU.
 """
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_lib.models.parts import initialize, scaled
-
-Shortcut = Literal["A", "B"]
 
 
 class ZeroPadShortcut(nn.Module):
@@ -36,16 +32,15 @@ class ZeroPadShortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions with batch norm, and a shortcut around them.
+    """Two 3×3 convolutions with batch norm, and a shortcut (option A) around them.
 
     Args:
         c_in: channels of the input.
         c_out: channels of the output, at least `c_in`.
         stride: of the first convolution.
-        shortcut: "A" pads with zeros, "B" projects, both only where the shape changes.
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: Shortcut) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
@@ -54,13 +49,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
-            self.shortcut = (
-                ZeroPadShortcut(c_out - c_in, stride)
-                if shortcut == "A"
-                else nn.Sequential(
-                    nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-                )
-            )
+            self.shortcut = ZeroPadShortcut(c_out - c_in, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
@@ -77,34 +66,25 @@ class CifarResNet(nn.Module):
         num_classes: K.
         depth: weighted layers, 6n + 2 with n of at least 1.
         width: factor on the channels 16, 32, 64.
-        shortcut: "A" (the paper's choice for CIFAR-10) or "B", see `Block`.
 
     Raises:
-        ValueError: `depth` is not 6n + 2 or `shortcut` is neither "A" nor "B".
+        ValueError: `depth` is not 6n + 2.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        depth: int = 20,
-        width: float = 1.0,
-        shortcut: Shortcut = "A",
-    ) -> None:
+    def __init__(self, num_classes: int = 10, depth: int = 20, width: float = 1.0) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(
                 f"depth: got {depth}; cifar_resnet allows 6n + 2: 8, 14, 20, 26, 32, 38, 44, …"
             )
-        if shortcut not in ("A", "B"):
-            raise ValueError(f"shortcut: got {shortcut!r}; allowed are 'A' and 'B'")
         c1, c2, c3 = (scaled(c, width) for c in (16, 32, 64))
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, c1, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(c1)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(c1, c1, 1, blocks, shortcut)
-        self.layer2 = _stage(c1, c2, 2, blocks, shortcut)
-        self.layer3 = _stage(c2, c3, 2, blocks, shortcut)
+        self.layer1 = _stage(c1, c1, 1, blocks)
+        self.layer2 = _stage(c1, c2, 2, blocks)
+        self.layer3 = _stage(c2, c3, 2, blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c3, num_classes)
         initialize(self)
@@ -116,6 +96,6 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def _stage(c_in: int, c_out: int, stride: int, blocks: int, shortcut: Shortcut) -> nn.Sequential:
-    first = Block(c_in, c_out, stride, shortcut)
-    return nn.Sequential(first, *(Block(c_out, c_out, 1, shortcut) for _ in range(blocks - 1)))
+def _stage(c_in: int, c_out: int, stride: int, blocks: int) -> nn.Sequential:
+    first = Block(c_in, c_out, stride)
+    return nn.Sequential(first, *(Block(c_out, c_out, 1) for _ in range(blocks - 1)))
