@@ -79,7 +79,7 @@ def test_several_seeds_are_averaged_and_never_count_as_more_images() -> None:
     (one, labels), (other, _) = random_predictions(), random_predictions(seed=1)
     single, twice = (class_scores(s, labels, "abcd") for s in ([one], [one, one]))
     np.testing.assert_allclose(single.iloc[:, 1:], twice.iloc[:, 1:])
-    seven = class_scores([random_predictions(seed)[0] for seed in range(7)], labels, "abcd")
+    seven = class_scores([random_predictions(seed=seed)[0] for seed in range(7)], labels, "abcd")
     assert seven["n"].tolist() == labels.bincount(minlength=4).tolist()  # a mean may lie below
     both = class_scores([one, other], labels, "abcd").recall
     separate = [class_scores([s], labels, "abcd").recall for s in (one, other)]
