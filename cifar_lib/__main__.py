@@ -114,7 +114,7 @@ def train(
 def evaluate(run: RunFolder) -> None:
     """Evaluate a finished run's weights on the test set again, from its saved weights."""
     from cifar_lib.predict import find_run
-    from cifar_lib.train_evaluate import evaluate_run
+    from cifar_lib.predict_stage import evaluate_run
 
     found = find_run(run)
     _print_result(evaluate_run(found), shown(found.path))

@@ -3,7 +3,8 @@
 Nothing here trains, reads a file or touches pyplot's global state. Figures are about as wide as a
 notebook's column (8 inches at 100 dpi); colours are Okabe and Ito's, which colour-blind readers
 can tell apart; accuracies come in 0..1 and are shown in percent. `plots_compare` holds the charts
-that compare systems, `plots_images` the grids of pictures.
+that compare systems, `plots_evaluation` those of one model's answers, `plots_images` the grids of
+pictures, `plots_speed` those of times, `plots_sweep` those of many runs.
 """
 
 import io

@@ -2,18 +2,48 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cifar_lib.config import ROOT
-from cifar_lib.data import ImageSet, Splits, evenly_spread
-from cifar_lib.evaluate import accuracy
+from cifar_lib.data import ImageSet, Splits, evenly_spread, load_splits
+from cifar_lib.evaluate import accuracy, cross_entropy
 from cifar_lib.evaluate_calibration import calibration_frame, fit_temperature
 from cifar_lib.evaluate_compare import compare_paired
 from cifar_lib.evaluate_robustness import SEVERITIES, corruption_frame
 from cifar_lib.predict import predictor
 from cifar_lib.results import LOGITS, Run, metrics_frame, results_frame
+
+
+def evaluate_run(run: Run, splits: Splits | None = None) -> dict[str, Any]:
+    """Evaluates a finished run's saved weights on the test set again.
+
+    Args:
+        run: as `results.load_run` gives it.
+        splits: the data, if it is loaded already; must be the data of the run.
+
+    Returns:
+        seed, test_accuracy, test_accuracy_tta (None without `tta`; both 0..1), test_loss (nats).
+
+    Raises:
+        ValueError: the data found is not that of the run, or the weights do not fit.
+    """
+    splits = splits or load_splits(run.config)
+    if splits.info.sha256 != run.summary["dataset"]["sha256"]:
+        raise ValueError(
+            f"{run.path}: was trained on other data ({run.summary['dataset']['name']}, SHA-256 "
+            f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
+        )
+    images, labels = splits.test.images, splits.test.labels
+    logits, tta = predictor(run)(images), run.config.tta != "none"
+    return {
+        "seed": run.seed,
+        "test_accuracy": accuracy(logits, labels),
+        "test_accuracy_tta": accuracy(predictor(run, tta=True)(images), labels) if tta else None,
+        "test_loss": cross_entropy(logits, labels),
+    }
 
 
 def calibration_table(runs: list[Run], splits: Splits) -> pd.DataFrame:

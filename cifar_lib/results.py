@@ -183,7 +183,12 @@ def results_frame(runs: list[Run]) -> pd.DataFrame:
 
 
 def load_state(model: torch.nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
-    """Loads weights into a model.
+    """Loads weights into a model, in place.
+
+    Args:
+        model: the network.
+        state: its state dict, every name.
+        origin: where the weights came from, for the message.
 
     Raises:
         ValueError: names or shapes differ from the model's.

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from cifar_lib import distributed, results
-from cifar_lib.data import ImageSet, Splits, load_splits, split_train
+from cifar_lib.data import ImageSet, Splits, split_train
 from cifar_lib.evaluate import accuracy, cross_entropy, predict_logits, top_k_accuracy
 from cifar_lib.execution import (
     Execution,
-    choose_evaluation,
     describe_environment,
     describe_hardware,
     git_commit,
@@ -28,11 +27,18 @@ Metrics = dict[str, Any]
 
 
 def validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
-    """Loss and accuracy on the validation part; both None where it is empty.
+    """Measures a training's state, unaugmented and in evaluation mode.
 
-    With `measure_train` also `clean_train_loss` and `clean_train_accuracy`: the same on so many
-    training images, so that the two differ by the images alone and not by augmentation, dropout
-    or weights that still move.
+    Args:
+        state: of the training, after an epoch; its averaged weights where it has them.
+        val: the validation part; may be empty.
+        execution: device and precision.
+
+    Returns:
+        `val_loss` (nats) and `val_accuracy` (0..1), both None where `val` is empty. With
+        `measure_train` also `clean_train_loss` and `clean_train_accuracy`: the same on so many
+        training images, so that the two differ by the images alone and not by augmentation,
+        dropout or weights that still move.
     """
     metrics = _measure(state, val, execution, "val")
     if n := state.config.measure_train:
@@ -53,7 +59,18 @@ def _measure(state: TrainState, images: ImageSet, execution: Execution, name: st
 
 
 def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Path) -> Metrics:
-    """Reads the test set, once, with the weights that validation chose."""
+    """Reads the test set, once, with the weights that validation chose.
+
+    Args:
+        state: of the training, ended.
+        splits: its data.
+        execution: device and precision.
+        run_dir: holds the chosen weights; the test logits are saved there.
+
+    Returns:
+        The run's summary: `seed`, `result` (a row of a report's `runs`; accuracies 0..1, seconds),
+        and what data, model, machine and code it is of.
+    """
     config, test = state.config, splits.test
     weights = distributed.on_main(lambda: results.load_weights(run_dir))
     state.evaluated_model.load_state_dict(weights)
@@ -99,45 +116,6 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
         "code_sha256": training_code_sha256(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def evaluate_run(run: results.Run, splits: Splits | None = None) -> Metrics:
-    """Evaluates a finished run's saved weights on the test set again.
-
-    Args:
-        run: as `results.load_run` gives it.
-        splits: the data, if it is loaded already; must be the data of the run.
-
-    Returns:
-        seed, test_accuracy, test_accuracy_tta (None without `tta`), test_loss.
-
-    Raises:
-        ValueError: the data found is not that of the run, or the weights do not fit.
-    """
-    splits = splits or load_splits(run.config)
-    if splits.info.sha256 != run.summary["dataset"]["sha256"]:
-        raise ValueError(
-            f"{run.path}: was trained on other data ({run.summary['dataset']['name']}, SHA-256 "
-            f"{run.summary['dataset']['sha256'][:12]}…) than is found here ({splits.info.name})"
-        )
-    execution = choose_evaluation(run.config)
-    # Its weights are those of the run: the file that they once began as need not be here.
-    config = run.config.model_copy(update={"weights": None})
-    state = TrainState.start(config, run.seed, splits, execution)
-    results.load_state(state.evaluated_model, run.weights, run.path / results.WEIGHTS)
-    labels = splits.test.labels
-    logits = _logits(state, splits.test, execution)
-    result = {
-        "seed": run.seed,
-        "test_accuracy": accuracy(logits, labels),
-        "test_accuracy_tta": None,
-        "test_loss": cross_entropy(logits, labels),
-    }
-    if run.config.tta != "none":
-        result["test_accuracy_tta"] = accuracy(
-            _logits(state, splits.test, execution, tta=True), labels
-        )
-    return result
 
 
 def _logits(state: TrainState, images: ImageSet, execution: Execution, tta: bool = False) -> Tensor:

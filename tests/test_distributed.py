@@ -21,8 +21,8 @@ from cifar_lib.config import TrainConfig
 from cifar_lib.data import Splits
 from cifar_lib.execution import Execution
 from cifar_lib.models import MODELS
+from cifar_lib.predict_stage import evaluate_run
 from cifar_lib.train import train
-from cifar_lib.train_evaluate import evaluate_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = {  # no batch norm, no dropout: then ranks change nothing but the rounding

@@ -12,8 +12,8 @@ from cifar_lib import checkpoint, execution, results, study_runs, train_state
 from cifar_lib import train as train_module
 from cifar_lib.data import Splits
 from cifar_lib.execution import Execution, choose_execution
+from cifar_lib.predict_stage import evaluate_run
 from cifar_lib.train import check_runnable, train
-from cifar_lib.train_evaluate import evaluate_run
 
 
 def history(run: results.Run) -> pd.DataFrame:

@@ -32,10 +32,10 @@ from cifar_lib.models.transfer import (
 )
 from cifar_lib.optim import build_optimizer, set_learning_rate
 from cifar_lib.predict import predictor
+from cifar_lib.predict_stage import evaluate_run
 from cifar_lib.study_execute import input_key
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.train import train
-from cifar_lib.train_evaluate import evaluate_run
 from cifar_lib.train_state import TrainState
 
 LITE0 = TrainConfig(model="efficientnet_lite0", weights="imagenet", normalization="weights")
