@@ -275,7 +275,7 @@ def machines_line(runs: list[Run]) -> list[str]:
     """Says on which machines runs were trained, if on several: that moves numbers, and times."""
     counts = Counter(_machine(run.summary.get("hardware")) or "an unnamed one" for run in runs)
     told = "; ".join(f"{n} on {machine}" for machine, n in counts.items())
-    return [f"runs of several machines or precisions: {told}"] if len(counts) > 1 else []
+    return [f"runs on different machines, threads or precisions: {told}"] if len(counts) > 1 else []
 
 
 def _machine(hardware: dict[str, Any] | None) -> str | None:

@@ -153,7 +153,9 @@ def test_runs_of_several_machines_are_told_and_a_time_is_of_one(tmp_path, counte
     table = Report("out/s", "06_x", "s", "full", "Q?").finish_sweep(runs, answer=["found"])
     (sweep,) = read_summaries("out")
     found, told = sweep["answer"]
-    assert found == "found" and told.startswith("runs of several machines or precisions: 5 on ")
+    assert found == "found" and told.startswith(
+        "runs on different machines, threads or precisions: 5 on "
+    )
     assert "; 1 on Other, " in told and told.endswith(", bf16")
     assert table.loc["slow", "train_seconds"] == 10
     # Read back, each run still has the machine of its own.
