@@ -102,8 +102,8 @@ def train(
                 raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
             try:
                 values[name] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise ValueError(f"-p {assignment!r}: the value is not YAML") from None
+            except (yaml.YAMLError, ValueError, RecursionError):  # a date that there is not, …
+                raise ValueError(f"-p {assignment[:80]!r}: the value is not YAML") from None
         config: TrainConfig = parse_config(values)
         finished = runs(config, seeds or [0], experiment=params.stem, force=force)
         for run in finished if distributed.rank() == 0 else []:

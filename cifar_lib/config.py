@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-ROOT = Path(__file__).resolve().parents[1]
+_HOME = Path(__file__).resolve().parents[1]
+ROOT = _HOME if (_HOME / "params").is_dir() else Path.cwd()  # installed alone: no site-packages
 """The checkout: `params/`, `notebooks/`, `reports/`, `runs/` and `data/` lie below it."""
-ROOT = ROOT if (ROOT / "params").is_dir() else Path.cwd()  # installed alone: not in site-packages
 
 
 def _number(value: object) -> object:
@@ -34,7 +35,6 @@ def _number(value: object) -> object:
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-
 # Fields that change where or how comfortably a run happens, never what it computes.
 NOT_FINGERPRINTED = frozenset({"data_dir", "device"})
 
@@ -205,7 +205,7 @@ class TrainConfig(BaseModel):
     @property
     def weights_path(self) -> Path:
         """The file that `weights` names, if it is not 'imagenet'; relative to the checkout."""
-        return ROOT / Path(self.weights or "").expanduser()
+        return ROOT / os.path.expanduser(self.weights or "")  # which leaves ~nobody as it is
 
     def fingerprint(self, data_sha256: str = "") -> str:
         """Names this configuration, on this data, in twelve hexadecimal digits.

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,7 +214,7 @@ def _name(source: Source, labels: Tensor, test_labels: Tensor) -> str:
 
 
 def _read_cached(source: Source) -> tuple[dict[str, Tensor], bool, str]:
-    folder = ROOT / Path(os.environ.get("CIFAR_LIB_CACHE") or "data/cache").expanduser()
+    folder = ROOT / os.path.expanduser(os.environ.get("CIFAR_LIB_CACHE") or "data/cache")
     path = folder / f"{source.sha256()}-{_CACHE_FORMAT}.safetensors"
     if path.exists():
         try:

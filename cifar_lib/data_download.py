@@ -54,7 +54,7 @@ def find_or_download(data_dir: str | None, stand_in: bool) -> Source | None:
     """
     listed = [name for name in os.environ.get("CIFAR10_DIR", "").split(os.pathsep) if name]
     names = [data_dir] if data_dir else listed or SEARCHED
-    folders = [Path(os.path.normpath(ROOT / Path(name).expanduser())) for name in names]
+    folders = [Path(os.path.normpath(ROOT / os.path.expanduser(name))) for name in names]
     for folder in folders:
         if source := find_source(folder):
             return source

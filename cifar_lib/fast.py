@@ -1,7 +1,8 @@
 """Faster ways to compute what plain PyTorch computes, chosen by device, number type and shape.
 
 Each equals the plain way by test, in values and in gradients. Measured gains stand in
-`benchmarks/fast_paths.py`'s records; what wins in none of them is not here.
+`benchmarks/fast_paths.py`'s records; what wins in none of them is not here. `SubsampledConv2d`
+alone is no faster: the plain way writes out of bounds there.
 """
 
 import platform
@@ -18,6 +19,8 @@ from cifar_lib import fast_gradients, fast_winograd
 LARGEST_AREA = 16
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
+# Input channels below which a strided 1×1 convolution is not left to oneDNN: its vectors' length.
+FEWEST_STRIDED = 16
 
 
 def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,9 +38,13 @@ def use_fast_paths(model: nn.Module, device: torch.device, dtype: torch.dtype) -
     if device.type != "cpu" or not (in_fp32 or dtype == torch.bfloat16):
         return
     for module in model.modules():
-        if type(module) is not nn.Conv2d or module.kernel_size == (1, 1):
+        if type(module) is not nn.Conv2d:
             continue
-        if module.groups == 1:
+        if module.kernel_size == (1, 1):
+            few = module.in_channels < FEWEST_STRIDED and module.groups == 1
+            if few and module.stride != (1, 1) and module.padding == (0, 0):
+                module.__class__ = SubsampledConv2d
+        elif module.groups == 1:
             module.__class__ = DenseConv2d
         elif module.groups == module.in_channels == module.out_channels and not in_fp32:
             module.__class__ = DepthwiseConv2d
@@ -137,6 +144,21 @@ class DenseConv2d(nn.Conv2d):
             room = size + 2 * self.padding[i] - self.kernel_size[i]
             area *= room // self.stride[i] + 1
         return area
+
+
+class SubsampledConv2d(nn.Conv2d):
+    """A strided 1×1 convolution of few channels, as one without stride of the pixels it sees.
+
+    For channels_last maps in float32 oneDNN's weight gradient of the strided one writes beyond its
+    memory: wrong gradients, a crash or a hang (its issue 6035, below 8 channels with AVX2, below
+    16 with AVX-512).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
+        rows, columns = self.stride
+        x = x[..., ::rows, ::columns].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, self.weight, self.bias)
 
 
 class DepthwiseConv2d(nn.Conv2d):

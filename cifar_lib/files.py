@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,27 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         raise with_remedy(error, path) from None
     sync_folder(path.parent)
+
+
+def beside(folder: Path, name: str) -> Path:
+    """The hidden folder `.FOLDER.NAME` next to a folder, where its next or last content lies."""
+    return folder.with_name(f".{folder.name}.{name}")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Renames a folder to another's name; the old one is gone only when the new one is there.
+
+    Args:
+        new: on the same disk.
+        folder: what it becomes; may be missing. Between the two renames the old one is
+            `beside(folder, "old")`.
+    """
+    old = beside(folder, "old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,11 +1,14 @@
 """A finished run made small enough to come with the project, and its model card."""
 
+import shutil
 from pathlib import Path
 
 from safetensors.torch import save
 
-from cifar_lib.files import write_atomic
+from cifar_lib.files import beside, replace_folder, write_atomic
+from cifar_lib.predict import load_model
 from cifar_lib.results import (
+    CONFIG,
     METRICS,
     SUMMARY,
     WEIGHTS,
@@ -18,6 +21,7 @@ from cifar_lib.results import (
 
 MAX_BYTES = 2_000_000
 CARD = "README.md"
+_EXPORTED = {CONFIG, METRICS, WEIGHTS, SUMMARY, CARD}
 
 
 def export_run(run: Run, folder: Path) -> Run:
@@ -25,7 +29,7 @@ def export_run(run: Run, folder: Path) -> Run:
 
     What is a vector (biases, batch norm's scales and statistics) stays in fp32: it is small, and
     a variance may not fit half precision's range. The folder is that of a finished run again;
-    a run that was there is replaced.
+    a former export there is replaced once the new one is whole, and nothing else ever is.
 
     Args:
         run: a finished run.
@@ -35,20 +39,37 @@ def export_run(run: Run, folder: Path) -> Run:
         The run in its new place; its summary is that of the run as it was trained.
 
     Raises:
-        ValueError: the weights are larger than `MAX_BYTES` even so.
+        ValueError: the weights are larger than `MAX_BYTES` even so, beyond half precision or not
+            the model's; or the folder is the run itself or holds something else.
     """
+    folder = folder.resolve()
+    if folder == run.path.resolve():
+        raise ValueError(f"{folder}: is the run itself; name another folder")
+    if folder.exists() and {p.name for p in folder.iterdir()} not in (set(), _EXPORTED):
+        raise ValueError(f"{folder}: holds something else; name a new or empty folder")
+    load_model(run)  # weights that do not fit are refused here
     weights = {k: v.half() if v.ndim > 1 else v for k, v in run.weights.items()}
+    if beyond := [k for k, v in weights.items() if not bool(v.isfinite().all())]:
+        raise ValueError(f"{run.path}: {beyond[0]} has values beyond half precision")
     content = save(weights)
     if len(content) > MAX_BYTES:
         raise ValueError(
             f"{run.path}: {len(content):,} bytes in half precision; allowed is {MAX_BYTES:,}"
         )
-    (folder / SUMMARY).unlink(missing_ok=True)  # not a finished run until all is there
-    write_atomic(folder / WEIGHTS, content)
-    write_atomic(folder / METRICS, (run.path / METRICS).read_bytes())
-    save_config(folder, run.config.model_copy(update={"data_dir": None}))
-    write_atomic(folder / CARD, model_card(run).encode())
-    save_summary(folder, run.summary)
+    try:
+        card = model_card(run)
+    except KeyError as error:
+        raise ValueError(f"{run.path}: broken run record: {error} is missing") from None
+    new = beside(folder, "new")
+    try:
+        write_atomic(new / WEIGHTS, content)
+        write_atomic(new / METRICS, (run.path / METRICS).read_bytes())
+        save_config(new, run.config.model_copy(update={"data_dir": None}))
+        write_atomic(new / CARD, card.encode())
+        save_summary(new, run.summary)
+        replace_folder(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return load_run(folder)
 
 

@@ -1,6 +1,7 @@
 """One finished run, saved and loaded; many runs as one tidy DataFrame."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -93,9 +94,19 @@ def run_folder(root: Path, experiment: str, seed: int, fingerprint: str) -> Path
     return root / experiment / f"{seed}-{fingerprint}"
 
 
-def save_weights(run_dir: Path, state: dict[str, Tensor]) -> None:
-    """Saves a state dict as safetensors, atomically."""
-    write_atomic(run_dir / WEIGHTS, save({k: v.detach().contiguous() for k, v in state.items()}))
+def save_weights(run_dir: Path, state: dict[str, Tensor], epoch: int = 0) -> None:
+    """Saves a state dict as safetensors, atomically, with the epoch (from 1) that it is of."""
+    content = {k: v.detach().contiguous() for k, v in state.items()}
+    write_atomic(run_dir / WEIGHTS, save(content, metadata={"epoch": str(epoch)}))
+
+
+def epoch_of_weights(run_dir: Path) -> int | None:
+    """The epoch that a run's saved weights are of; None where that is not to be told."""
+    try:
+        with safe_open(run_dir / WEIGHTS, "pt") as file:
+            return int((file.metadata() or {})["epoch"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
 
 
 def save_logits(run_dir: Path, logits: dict[str, Tensor]) -> None:
@@ -148,7 +159,8 @@ def load_run(run_dir: str | Path) -> Run:
         _check(summary)
         return Run(run_dir, config, int(summary["seed"]), metrics, summary)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run_dir}: broken run record: {error}") from None
+        again = "train the run again with --force"
+        raise ValueError(f"{run_dir}: broken run record: {error}; {again}") from None
 
 
 def _check(summary: dict[str, Any]) -> None:
@@ -159,6 +171,8 @@ def _check(summary: dict[str, Any]) -> None:
     for key in ("mean", "std"):
         if not (values := statistics[key]) or [type(v) for v in values] != 3 * [float]:
             raise ValueError(f"normalization {key}: got {values!r:.80}; allowed are three floats")
+        if not all(math.isfinite(v) and (key == "mean" or v > 0) for v in values):
+            raise ValueError(f"normalization {key}: got {values!r:.80}; nothing can be seen so")
     _ = summary["result"]["seed"], summary["dataset"]["sha256"]
 
 

@@ -18,7 +18,7 @@ from traitlets.config import Config
 
 from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
-from cifar_lib.files import hash_files
+from cifar_lib.files import beside, hash_files, replace_folder
 from cifar_lib.index import ANSWER, answer, replace_block
 from cifar_lib.reports_runs import keep_other_seeds, published_runs
 from cifar_lib.results import is_finished
@@ -203,30 +203,22 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
 
 def take_back_report(experiment: Experiment) -> None:
     """Puts the old report back if its replacement was killed between the two renames."""
-    old = _beside(experiment.destination, "old")
+    old = beside(experiment.destination, "old")
     if old.exists():
         with suppress(Timeout), _lock(experiment):  # another process may be between them just now
             if not experiment.destination.exists():
                 os.replace(old, experiment.destination)
 
 
-def _beside(destination: Path, name: str) -> Path:
-    return destination.with_name(f".{destination.name}.{name}")
-
-
 def _move_into_place(scratch: Path, destination: Path) -> None:
     """Puts a report where the old one was; the old one is gone only when the new one is there."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    new, old = _beside(destination, "new"), _beside(destination, "old")
+    new = beside(destination, "new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         shutil.copytree(scratch, new)  # beside the destination, even from another disk
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if destination.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(destination, old)
-    os.replace(new, destination)
-    for folder in (old, scratch):
-        shutil.rmtree(folder, ignore_errors=True)
+    replace_folder(new, destination)
+    shutil.rmtree(scratch, ignore_errors=True)

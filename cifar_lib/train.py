@@ -30,7 +30,7 @@ from cifar_lib.execution import (
     git_commit,
     prepare_device,
 )
-from cifar_lib.models import build_model
+from cifar_lib.models import STORED_SIZE, build_model
 from cifar_lib.models.transfer import check_transfer, set_training_mode
 from cifar_lib.optim import build_schedule, set_learning_rate
 from cifar_lib.train_evaluate import Metrics, finish, validate
@@ -105,7 +105,7 @@ def check_runnable(config: TrainConfig) -> None:
 
     Raises:
         ValueError: names the field (model, width, depth, dropout, whitening_epsilon, weights,
-            normalization, low_resolution, device, precision, deterministic).
+            normalization, low_resolution, batch_size, device, precision, deterministic).
     """
     device = choose_execution(config).device
     if config.deterministic and config.model == "speed_net" and device.type == "cuda":
@@ -114,11 +114,16 @@ def check_runnable(config: TrainConfig) -> None:
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
         model = build_model(config, 10).eval()
-        if side := config.low_resolution:
-            try:
-                model(torch.empty(2, 3, side, side))
-            except RuntimeError:
-                raise ValueError(f"low_resolution {side}: too small for {config.model}") from None
+        small = config.low_resolution
+        one = config.backbone_rate and (config.micro_batch_size or config.batch_size) == 1
+        shape = (3, small or STORED_SIZE, small or STORED_SIZE)
+        try:
+            _ = small and model(torch.empty(2, *shape))
+            _ = one and model.train()(torch.empty(1, *shape))
+        except RuntimeError:
+            raise ValueError(f"low_resolution {small}: too small for {config.model}") from None
+        except ValueError:
+            raise ValueError(f"batch_size: {config.model}'s batch norm needs two images") from None
 
 
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
@@ -260,11 +265,12 @@ def _compile(state: TrainState, execution: Execution) -> float:
     state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
     before = copy.deepcopy(state.model.state_dict())
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    for pixels in {side, config.low_resolution or side}:
+    set_training_mode(state.model)  # as in an epoch: another mode would be compiled anew there
+    for pixels in {side, config.low_resolution if config.low_resolution_epochs else side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)
         with execution.autocast():
             state.forward(x.to(execution.device, memory_format=layout)).float().sum().backward()
-    state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)  # a graph's gradients do not outlive the next
     state.model.load_state_dict(before)
     execution.synchronize()
     return time.perf_counter() - began

@@ -23,6 +23,7 @@ from cifar_lib.models.transfer import expected_statistics, load_pretrained
 from cifar_lib.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
+_NO_BEST = {"epoch": 0, "val_accuracy": None, "val_loss": None}
 
 WHITENING_IMAGES = 5000
 
@@ -58,6 +59,11 @@ class TrainState:
         torch.manual_seed(seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         mean, std = expected_statistics(config) or splits.train.statistics
+        if not bool((std > 0).all()):
+            raise ValueError(
+                f"the training images ({splits.info.source}) have a channel that is the same "
+                f"everywhere (standard deviations {[round(float(s), 4) for s in std]}): use others"
+            )
         model = build_model(config, len(splits.train.class_names))
         pretrained = load_pretrained(model, config)
         if pretrained is None and isinstance(model, SpeedNet):
@@ -90,7 +96,7 @@ class TrainState:
             f"{seed}-{config.fingerprint(splits.info.sha256)}-{training_code_sha256()}",
             epoch=0,
             history=[],
-            best={"epoch": 0, "val_accuracy": None, "val_loss": None},
+            best=dict(_NO_BEST),
             last_losses=torch.full((len(splits.train),), math.inf, device=execution.device),
             pretrained=pretrained,
         )
@@ -143,7 +149,7 @@ class TrainState:
 
     def _save_results(self, run_dir: Path) -> None:
         if self.best["epoch"] == self.epoch:
-            results.save_weights(run_dir, self.evaluated_model.state_dict())
+            results.save_weights(run_dir, self.evaluated_model.state_dict(), self.epoch)
         results.save_metrics(run_dir, self.history)
 
     def to_dict(self) -> dict[str, Any]:
@@ -175,6 +181,13 @@ class TrainState:
             return
         try:
             self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
+            # Weights of an epoch after a state that was torn are not those of its best one.
+            kept = distributed.on_main(lambda: results.epoch_of_weights(run_dir))
+            if (best := self.best["epoch"]) not in (self.epoch, kept):
+                logger.warning(
+                    "the weights of epoch %d, the best, are lost: a later one is taken", best
+                )
+                self.best = dict(_NO_BEST)
             self.other_load = saved["other_load"]
             self.last_losses = saved["last_losses"].to(self.last_losses.device)
             self.model.load_state_dict(saved["model"])

@@ -8,6 +8,7 @@ from cifar_lib.config import ROOT
 
 SWEEP = str(ROOT / "params/02_speed/ablations.yaml")
 FIXTURES = str(ROOT / "tests/fixtures/reports/02_speed")
+ONE_IMAGE = ["-p", "model=imagenet_resnet18", "-p", "width=null", "-p", "micro_batch_size=1"]
 COMMANDS = ["study", "train", "evaluate", "export", "predict", "data", "report", "compare"]
 
 
@@ -36,6 +37,10 @@ def test_each_command_explains_itself(call, command):
         (["train", "none.yaml"], "none.yaml: No such file"),
         (["train", "PARAMS", "-p", "epochs"], "-p 'epochs': expected NAME=VALUE"),
         (["train", "PARAMS", "-p", "epochs=[1"], "the value is not YAML"),
+        (["train", "PARAMS", "-p", "epochs=2024-99-99"], "-p 'epochs=2024-99-99': the value is"),
+        (["train", "PARAMS", "-p", f"epochs={'[' * 9999}"], "the value is not YAML"),
+        (["train", "PARAMS", *ONE_IMAGE], "batch_size: imagenet_resnet18's batch norm needs two"),
+        (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=~nobody-here/x"], "~nobody"),
         (["train", "PARAMS", "-p", "epochs=many"], "epochs: got 'many'"),
         (["train", "PARAMS", "-p", "lr=1"], "unknown field 'lr'"),
         (["train", "PARAMS", "-p", "model=big"], "model: got 'big'"),

@@ -228,12 +228,13 @@ def test_an_exported_run_says_the_same_in_half_the_bytes(call, tmp_path, monkeyp
 
 def test_an_export_names_no_folder_of_this_machine_and_says_what_it_is(tmp_path, run):
     config = run.config.model_copy(update={"data_dir": "/somewhere"})
-    exported = export_run(replace(run, config=config), tmp_path)
+    exported = export_run(replace(run, config=config), tmp_path / "new")
     assert exported.config == run.config
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
         "config.yaml", "metrics.csv", "summary.json", WEIGHTS, CARD
     }  # fmt: skip
-    card = (tmp_path / CARD).read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+    card = (tmp_path / "new" / CARD).read_text()
     for key in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
         assert f"{100 * run.summary['result'][key]:.2f} %" in card
     assert "digits" in card and "`mirror`" in card and f"{len(run.metrics)} epochs" in card
@@ -246,13 +247,44 @@ def test_what_is_too_large_is_refused_and_nothing_is_left(tmp_path, monkeypatch,
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_export_is_not_taken_for_a_whole_one(tmp_path, monkeypatch, run):
-    export_run(run, tmp_path)
-    monkeypatch.setattr(predict_export, "model_card", lambda run: 1 / 0)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_export_that_fails_leaves_the_former_one_whole(tmp_path, monkeypatch, run):
+    target = tmp_path / "target"
+    export_run(run, target)
+    before = contents(target)
+    broken = replace(run, summary={k: v for k, v in run.summary.items() if k != "hardware"})
+    with pytest.raises(ValueError, match="broken run record: 'hardware' is missing"):
+        export_run(broken, target)
+    monkeypatch.setattr(predict_export, "save_summary", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        export_run(run, target)
+    assert contents(target) == before and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_export_destroys_neither_the_run_nor_another_folder(tmp_path, run):
+    before = contents(run.path)
+    with pytest.raises(ValueError, match="is the run itself"):
+        export_run(run, run.path)
+    assert contents(run.path) == before
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
         export_run(run, tmp_path)
-    with pytest.raises(ValueError, match=r"summary\.json missing"):
-        load_run(tmp_path)
+    assert contents(tmp_path) == {"README.md": b"mine"}
+
+
+def test_an_export_refuses_what_could_not_be_used(tmp_path, monkeypatch, run):
+    wider = replace(run, config=run.config.model_copy(update={"width": 0.5}))
+    with pytest.raises(ValueError, match="do not fit the model"):
+        export_run(wider, tmp_path / "new")
+    name, large = next((k, v * 0 + 1e6) for k, v in run.weights.items() if v.ndim > 1)
+    weights = run.weights | {name: large}
+    monkeypatch.setattr(Run, "weights", property(lambda _: weights))
+    with pytest.raises(ValueError, match=f"{name} has values beyond half precision"):
+        export_run(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_shipped_model_knows_a_photographed_cat(call):

@@ -266,6 +266,71 @@ def test_averaged_weights_are_the_ones_evaluated(tmp_path, digits, tiny):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("epochs_small", [0, 1])
+def test_each_resolution_is_compiled_as_an_epoch_will_run_it(
+    digits, tiny, monkeypatch, epochs_small
+):
+    """On CUDA a graph's gradients must be gone before it runs again."""
+    config = tiny(compile=True, low_resolution=16, low_resolution_epochs=epochs_small)
+    state = train_state.TrainState.start(config, 0, digits, choose_execution(config))
+    seen = []
+
+    def compiled(model, **_):
+        def forward(x):
+            gone = all(p.grad is None for p in model.parameters())
+            seen.append((x.shape[-1], model.training, gone))
+            return model(x)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    state.model.eval()  # as an evaluation before may leave it
+    train_module._compile(state, choose_execution(config))
+    sizes = {32, 16} if epochs_small else {32}
+    assert {size for size, *_ in seen} == sizes and len(seen) == len(sizes)
+    assert all(training and gone for _, training, gone in seen)
+    assert all(p.grad is None for p in state.model.parameters())
+
+
+def test_weights_of_an_epoch_that_no_state_knows_are_not_taken_for_the_best(
+    tmp_path, digits, tiny, monkeypatch, caplog
+):
+    """The last state is torn, and what it knew comes out otherwise the second time."""
+    reached = {1: 0.3, 2: 0.2, 3: 0.5}
+    real = train_module.validate
+    monkeypatch.setattr(
+        train_module,
+        "validate",
+        lambda state, *rest: real(state, *rest) | {"val_accuracy": reached[state.epoch + 1]},
+    )
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_module.results, "save_summary", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(epochs=3), 0, digits, tmp_path)
+    assert results.epoch_of_weights(tmp_path) == 3
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[100] ^= 255
+    (tmp_path / "last.pt").write_bytes(content)
+    reached[3] = 0.1
+    run = train(tiny(epochs=3), 0, digits, tmp_path)
+    saved = run.summary["result"]
+    assert saved["best_epoch"] == results.epoch_of_weights(tmp_path) == 3
+    assert saved["val_accuracy"] == 0.1
+    assert "the weights of epoch 1, the best, are lost" in caplog.text
+
+
+def test_images_with_a_channel_that_is_the_same_everywhere_are_refused(tmp_path, digits, tiny):
+    flat = digits.train.images.clone()
+    flat[:, 1] = 7
+    splits = dataclasses.replace(digits, train=dataclasses.replace(digits.train, images=flat))
+    with pytest.raises(ValueError, match=r"a channel that is the same everywhere .*, 0\.0, "):
+        train(tiny(), 0, splits, tmp_path / "run")
+
+
 def test_a_compiled_model_trains_alike(tmp_path, digits, tiny):
     plain = train(tiny(epochs=1), 0, digits, tmp_path / "plain")
     compiled = train(tiny(epochs=1, compile=True), 0, digits, tmp_path / "compiled")

@@ -153,7 +153,7 @@ def test_a_record_without_what_is_needed_is_refused(call, run_dir, command, key,
     words = [str(run_dir)] + ([__file__] if command == "predict" else [])
     status, _, err = call(command, *words)
     assert status == 2
-    one_line(err, run_dir, "broken run record")
+    one_line(err, run_dir, "broken run record", "train the run again with --force")
 
 
 # --- data -----------------------------------------------------------------------------------
