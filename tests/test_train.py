@@ -265,7 +265,6 @@ def test_averaged_weights_are_the_ones_evaluated(tmp_path, digits, tiny):
     assert not plain.metrics.val_loss.equals(averaged.metrics.val_loss)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("epochs_small", [0, 1])
 def test_each_resolution_is_compiled_as_an_epoch_will_run_it(
     digits, tiny, monkeypatch, epochs_small
@@ -331,6 +330,7 @@ def test_images_with_a_channel_that_is_the_same_everywhere_are_refused(tmp_path,
         train(tiny(), 0, splits, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_compiled_model_trains_alike(tmp_path, digits, tiny):
     plain = train(tiny(epochs=1), 0, digits, tmp_path / "plain")
     compiled = train(tiny(epochs=1, compile=True), 0, digits, tmp_path / "compiled")
