@@ -1,8 +1,7 @@
 """The configuration of one training run: every field with its unit, range and default.
 
-A recipe is a :class:`TrainConfig`; nothing else decides what a run computes but its seed and
-its data. Fields are strict: an unknown name, a wrong type or a value out of range is refused
-before anything is loaded.
+A recipe is a :class:`TrainConfig`; only seed and data decide besides what a run computes. An
+unknown name, a wrong type or a value out of range is refused before anything is loaded.
 """
 
 import difflib
@@ -35,6 +34,7 @@ def _number(value: object) -> object:
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
 # Fields that change where or how comfortably a run happens, never what it computes.
 NOT_FINGERPRINTED = frozenset({"data_dir", "device"})
 

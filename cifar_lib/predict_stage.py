@@ -135,14 +135,14 @@ def compare_with_report(
         raise ValueError(f"{run.path}: has no {LOGITS}; train a run of this configuration")
     predictions = pd.read_csv(root / report / "predictions.csv")
     right = (run.test_logits.argmax(1).numpy() == predictions["label"]).to_numpy()
-    rows = []
-    for column, answers in right_answers(predictions).items():
-        found = compare_paired(right, answers.to_numpy())
-        names = {"accuracy_first": "ours", "accuracy_second": "theirs"}
-        names |= {name: name for name in ("difference", "low", "high")}
-        row = {new: 100 * found[old] for old, new in names.items()}
-        rows.append({"seed": str(column).removeprefix("seed_")} | row | {"p": found["p_exact"]})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(
+        compare_paired(right, answers) | {"seed": str(column).removeprefix("seed_")}
+        for column, answers in right_answers(predictions).items()
+    )
+    names = {"accuracy_first": "ours", "accuracy_second": "theirs", "p_exact": "p"}
+    percent = ["ours", "theirs", "difference", "low", "high"]
+    table = table.rename(columns=names)[["seed", *percent, "p"]]
+    return table.assign(**(100 * table[percent]))
 
 
 def stage_checks(

@@ -113,17 +113,17 @@ def check_runnable(config: TrainConfig) -> None:
     check_transfer(config)
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
-        model = build_model(config, 10).eval()
-        small = config.low_resolution
-        one = config.backbone_rate and (config.micro_batch_size or config.batch_size) == 1
-        shape = (3, small or STORED_SIZE, small or STORED_SIZE)
-        try:
-            _ = small and model(torch.empty(2, *shape))
-            _ = one and model.train()(torch.empty(1, *shape))
-        except RuntimeError:
-            raise ValueError(f"low_resolution {small}: too small for {config.model}") from None
-        except ValueError:
-            raise ValueError(f"batch_size: {config.model}'s batch norm needs two images") from None
+        model, small = build_model(config, 10), config.low_resolution
+        one = config.backbone_rate > 0 and (config.micro_batch_size or config.batch_size) == 1
+        if small or one:
+            x = torch.empty(1 if one else 2, 3, small or STORED_SIZE, small or STORED_SIZE)
+            try:
+                model.train(one)(x)
+            except RuntimeError:
+                raise ValueError(f"low_resolution {small}: too small for {config.model}") from None
+            except ValueError:
+                said = f"batch_size: {config.model}'s batch norm needs two images"
+                raise ValueError(said) from None
 
 
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
