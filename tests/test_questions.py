@@ -19,10 +19,11 @@ def changes(config, other) -> dict:
     return {k: v for k, v in config.model_dump().items() if v != before[k]}
 
 
-def test_the_remedies_are_study_es_each_alone_and_the_pair_it_kept():
-    sweep = read_sweep(f"{OVERFITTING}/remedies.yaml")
+@pytest.mark.parametrize(("name", "width"), [("remedies", None), ("remedies-half", 0.5)])
+def test_the_remedies_are_study_es_each_alone_and_the_pair_it_kept(name, width):
+    sweep = read_sweep(f"{OVERFITTING}/{name}.yaml")
     plain = sweep.variants["vgg16-plain"]
-    assert (plain.model, plain.width, plain.epochs, plain.n_train) == ("vgg16", None, 20, 10_000)
+    assert (plain.model, plain.width, plain.epochs, plain.n_train) == ("vgg16", width, 20, 10_000)
     assert (plain.flip, plain.translate, plain.measure_train) == ("none", 0, 2000)
     assert {name: changes(config, plain) for name, config in sweep.variants.items()} == {
         "vgg16-plain": {},
@@ -45,6 +46,15 @@ def test_all_depths_are_plain_and_with_the_pair_at_one_width():
     assert len(sweep.variants) == 6
 
 
+def test_at_half_width_plain_and_pair_are_those_of_the_depths():
+    """So they are trained once, and paired with the single remedies by seed."""
+    depths, half = (
+        read_sweep(f"{OVERFITTING}/{name}.yaml") for name in ("depths", "remedies-half")
+    )
+    for name in ("vgg16-plain", "vgg16-pair"):
+        assert half.variants[name] == depths.variants[name]
+
+
 def test_the_plain_run_on_all_images_is_the_published_one():
     sweep = read_sweep(f"{OVERFITTING}/all-images.yaml")
     published = config_of(read_yaml(ROOT / "params/01_baseline/vgg16.yaml"))
@@ -54,7 +64,9 @@ def test_the_plain_run_on_all_images_is_the_published_one():
     assert changes(pair, plain) == expected
 
 
-@pytest.mark.parametrize("name", ["remedies", "depths", "all-images", "remedies-smoke"])
+@pytest.mark.parametrize(
+    "name", ["remedies", "remedies-half", "depths", "all-images", "remedies-smoke"]
+)
 def test_a_variant_is_called_after_its_model(name):
     for variant, config in read_sweep(f"{OVERFITTING}/{name}.yaml").variants.items():
         assert variant.partition("-")[0] == config.model
@@ -155,6 +167,7 @@ def test_the_full_preset_has_both_notebooks_before_the_comparison():
     labels = [experiment.label for experiment in load_preset("full")]
     assert {
         "06_overfitting/remedies",
+        "06_overfitting/remedies-half",
         "06_overfitting/depths",
         "06_overfitting/all-images",
         "07_choices/vgg16",
