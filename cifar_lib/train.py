@@ -90,7 +90,7 @@ def _train(
         state.other_load = max(state.other_load, load.share(distributed.size_here()))
         distributed.on_main(lambda: state.save(run_dir))
         logger.info(_epoch_line(metrics, config.epochs))
-        train_stop.epoch_ended()
+        train_stop.epoch_ended(distributed.gather)
 
     summary = finish(state, splits, execution, run_dir)
     summary["result"]["compile_seconds"] = round(compile_seconds, 2)

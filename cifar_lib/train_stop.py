@@ -2,15 +2,15 @@
 
 Only the command line listens. In a notebook an interrupt stays a KeyboardInterrupt, which ends a
 training at once and, as a kill does, loses the epoch under way and no more.
+
+Imports no torch: the command line listens, and may start again, before it loads that.
 """
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-from cifar_lib import distributed
 
 _in_epoch = False
 _asked = 0  # the number of the signal that the epoch under way outlived
@@ -42,11 +42,15 @@ def epoch_begins() -> None:
     _in_epoch, _asked = True, 0
 
 
-def epoch_ended() -> None:
-    """The epoch is saved: ends the command if a signal came, to any rank, in the meantime."""
+def epoch_ended(gather: Callable[[int], list[int]]) -> None:
+    """The epoch is saved: ends the command if a signal came, to any rank, in the meantime.
+
+    Args:
+        gather: brings every rank's value to each.
+    """
     global _in_epoch
     _in_epoch = False
-    if asked := max(distributed.gather(_asked)):
+    if asked := max(gather(_asked)):
         raise SystemExit(128 + asked)
 
 

@@ -46,6 +46,13 @@ def test_a_command_starts_again_with_them_and_only_once(tmp_path):
     assert (first[1], second[1]) == ("None", launch.GLIBC["MALLOC_TOP_PAD_"])
 
 
+def test_torch_is_not_loaded_before_a_command_starts_again():
+    """Loading it takes seconds: the first start would do it for nothing."""
+    program = "import sys, cifar_lib.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "typer" in done.stdout.split() and "torch" not in done.stdout.split()
+
+
 @pytest.mark.skipif(launch.platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_large_block_is_kept_for_the_next_step():
     program = (
