@@ -18,10 +18,11 @@ BENCH_DIR ?= runs/bench
 BY_HAND := %/timing.py %/time_to_accuracy.py %/commands.py
 BENCHMARKS := $(filter-out $(BY_HAND),$(wildcard benchmarks/*.py))
 INSTALLED := $(VENV)/.installed
-# Tests ask no network. As many run at a time as WORKERS says, each on one thread: so they do not
-# fight for the cores. A notebook's cells stay together.
+# Tests ask no network. As many files of them run at a time as WORKERS says, each on one thread: so
+# they do not fight for the cores.
 OFFLINE := CIFAR10_DOWNLOAD=0 OMP_NUM_THREADS=1
 WORKERS ?= 2
+PYTEST := $(OFFLINE) $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help study test test-long full lab report bench refresh lock clean
@@ -42,11 +43,10 @@ test: $(INSTALLED) ## lint, types, tests and the notebooks' compared outputs
 	@echo "== pip check"
 	@$(PIP) check
 	@echo "== pytest"
-	@$(OFFLINE) $(BIN)/pytest --numprocesses=$(WORKERS) --dist=worksteal tests
+	@$(PYTEST) tests
 	@if compgen -G 'notebooks/*.ipynb' >/dev/null; then \
 		echo "== nbval"; \
-		$(OFFLINE) $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --timeout=0 \
-			--nbval --nbval-current-env --nbval-cell-timeout=300 notebooks; \
+		$(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout=300 --timeout=0 notebooks; \
 	else \
 		echo "== nbval: skipped, notebooks/ has no notebook"; \
 	fi
