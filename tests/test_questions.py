@@ -19,11 +19,10 @@ def changes(config, other) -> dict:
     return {k: v for k, v in config.model_dump().items() if v != before[k]}
 
 
-@pytest.mark.parametrize(("name", "width"), [("remedies", None), ("remedies-half", 0.5)])
-def test_the_remedies_are_study_es_each_alone_and_the_pair_it_kept(name, width):
-    sweep = read_sweep(f"{OVERFITTING}/{name}.yaml")
+def test_the_remedies_are_study_es_each_alone_and_the_pair_it_kept():
+    sweep = read_sweep(f"{OVERFITTING}/remedies.yaml")
     plain = sweep.variants["vgg16-plain"]
-    assert (plain.model, plain.width, plain.epochs, plain.n_train) == ("vgg16", width, 20, 10_000)
+    assert (plain.model, plain.width, plain.epochs, plain.n_train) == ("vgg16", None, 20, 10_000)
     assert (plain.flip, plain.translate, plain.measure_train) == ("none", 0, 2000)
     assert {name: changes(config, plain) for name, config in sweep.variants.items()} == {
         "vgg16-plain": {},
@@ -46,13 +45,18 @@ def test_all_depths_are_plain_and_with_the_pair_at_one_width():
     assert len(sweep.variants) == 6
 
 
-def test_at_half_width_plain_and_pair_are_those_of_the_depths():
-    """So they are trained once, and paired with the single remedies by seed."""
-    depths, half = (
-        read_sweep(f"{OVERFITTING}/{name}.yaml") for name in ("depths", "remedies-half")
-    )
-    for name in ("vgg16-plain", "vgg16-pair"):
+def test_at_half_width_the_remedies_are_the_same_and_plain_and_pair_those_of_the_depths():
+    """So these are trained once, and paired by seed with each remedy alone."""
+    names = ("remedies", "depths", "remedies-half")
+    full, depths, half = (read_sweep(f"{OVERFITTING}/{name}.yaml") for name in names)
+    plain, *others = half.variants
+    for name in (plain, others[-1]):
         assert half.variants[name] == depths.variants[name]
+    for name in others:
+        of_full = changes(full.variants[name], full.variants[plain])
+        assert changes(half.variants[name], half.variants[plain]) == of_full
+    assert len(others) == 3 and "half width" in half.question
+    assert half.seeds[plain] == depths.seeds[plain]
 
 
 def test_the_plain_run_on_all_images_is_the_published_one():
