@@ -148,3 +148,13 @@ def test_at_most_is_the_longest_seed():
         summary["runs"][0] | {"train_seconds": s, "other_load": 0.5} for s in (9, 99)
     ]
     assert "at most 1.65 min a seed" in index.answer([summary], "02_speed")
+
+
+def test_a_correction_is_of_what_the_reports_still_say():
+    text = (ROOT / "reports/CORRECTIONS.md").read_text()
+    for item in text.split("\n- ")[1:]:
+        (said,) = re.findall('"(.+?)"', item, flags=re.S)
+        reports_of_it = re.findall(r"\((full/\S+/executed\.ipynb)\)", item)
+        assert reports_of_it
+        for path in reports_of_it:
+            assert said in (ROOT / "reports" / path).read_text(), f"{path}: remove its correction"
