@@ -86,7 +86,7 @@ def test_train_then_evaluate(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(400)
-def test_study_leaves_an_index_and_says_what_failed(clone):
+def test_study_leaves_an_index_repeats_nothing_and_says_what_failed(clone):
     text = clone.params.read_text().replace("epochs: 1000", "epochs: 1")
     clone.params.write_text(text)
     status, out, err = clone.run("study")
@@ -94,6 +94,8 @@ def test_study_leaves_an_index_and_says_what_failed(clone):
     index = clone.root / "reports/quick/README.md"
     assert out.endswith("index: reports/quick/README.md\n")
     assert "(toy/one/executed.ipynb)" in index.read_text()
+    status, out, _ = clone.run("study")
+    assert status == 0 and "[1/1] toy/one: up to date" in out
     notebook = clone.root / "notebooks/toy.ipynb"
     notebook.write_text(notebook.read_text().replace("progress=False", "progress=1 / 0"))
     status, out, _ = clone.run("study")
