@@ -20,7 +20,7 @@ MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
-CORRECTIONS = "What executed notebooks say and is known better: [corrections](CORRECTIONS.md)."
+CORRECTIONS = " What executed notebooks say and is known better: [corrections](CORRECTIONS.md)."
 
 
 def percent(value: float | None) -> str:
@@ -157,9 +157,8 @@ def generated_files() -> dict[Path, str]:
         path = ROOT / name
         table = results_table(shown, f"{FULL}/")
         files[path] = replace_block(path.read_text(encoding="utf-8"), "results", table, name)
-    files[ROOT / "reports/README.md"] = index_text(
-        summaries, "Published reports", "full/", f"{CORRECTIONS}\n\n"
-    )
+    page = index_text(summaries, "Published reports", "full/", CORRECTIONS)
+    files[ROOT / "reports/README.md"] = page
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         first = notebook.cells[0]
@@ -176,14 +175,14 @@ def studies_first(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(summaries, key=lambda s: place.get(s["path"], len(place)))
 
 
-def index_text(summaries: list[dict[str, Any]], title: str, link: str, before: str = "") -> str:
-    """A page that links every report, with `before` and the results table first."""
+def index_text(summaries: list[dict[str, Any]], title: str, link: str, note: str = "") -> str:
+    """A page that links every report, with a note and the results table first."""
     lines = [
         f"# {title}",
         "",
-        "Generated from the summaries below this folder by `make report`; do not edit.",
+        f"Generated from the summaries below this folder by `make report`; do not edit.{note}",
         "",
-        before + results_table(summaries, link),
+        results_table(summaries, link),
         "",
         "## Every report",
         "",
