@@ -1,6 +1,6 @@
 """The configuration of one training run: every field with its unit, range and default.
 
-A recipe is a :class:`TrainConfig`; only seed and data decide besides what a run computes. An
+A recipe is a :class:`TrainConfig`; besides it only seed and data decide what a run computes. An
 unknown name, a wrong type or a value out of range is refused before anything is loaded.
 """
 
