@@ -219,5 +219,7 @@ def _unpack(archive: Path, md5: str) -> None:
     # Unpacked aside and moved whole: an interrupted unpacking leaves nothing to be found.
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
+            # Python before 3.11.4 has no filters; what is unpacked was just seen to be whole.
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+            tar.extractall(scratch)  # noqa: S202
         os.replace(Path(scratch) / OFFICIAL_FOLDER, archive.parent / OFFICIAL_FOLDER)
