@@ -77,10 +77,11 @@ def results_table(summaries: list[dict[str, Any]], link: str) -> str:
         "",
         "Test accuracy: mean over n seeds with the 95 % Student interval; the test set is read "
         "once, after training, with the weights that validation chose or, without validation "
-        "images, those of the last epoch. TTA: test-time augmentation. Reported: what the "
-        "source study states, on the data it states. Hours: the mean of the seeds that had the "
-        "machine to themselves; where the machine also did other work, the longest, which is a "
-        "bound (‡). The code that ran: `git_commit` in each summary, for every seed.",
+        "images, those of the last epoch. TTA: test-time augmentation. Val accuracy: of the epoch "
+        "that it chose; 05 compares last epochs. Reported: what the source study states, on the "
+        "data it states. Hours: the mean of the seeds that had one machine to themselves; where "
+        "none had, the longest, which is a bound (‡). The code that ran: `git_commit` in each "
+        "summary, for every seed; `-dirty`: with changes that were not committed.",
     ]
     return "\n".join(lines)
 
@@ -113,9 +114,9 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
 
 def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any]]) -> str:
     """A line of an answer, with a word if it compares with ImageNet's weights or former runs."""
-    compared = re.match(r"against (\S+): ([+-][\d.]+) points", line)
-    if compared is None:
-        return line
+    compared = re.match(r"against (\S+): ([+-][\d.]+) points(?: \(means of n = (\d+))?", line)
+    if compared is None or int(compared[3] or len(summary["runs"])) != len(summary["runs"]):
+        return line  # of no comparison, or of the seeds there were before others were added
     for other in summaries:
         if other.get("path") == compared[1] and other["runs"]:
             now = summary["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
