@@ -103,8 +103,7 @@ def study(
         if is_up_to_date(experiment, key) and not force:
             say(f"{head}: up to date")
             continue
-        # From here on nobody asks the network again: the data was found or is known missing.
-        os.environ["CIFAR10_DOWNLOAD"] = "0"
+        _ask_no_more(experiment)
         names = [task.folder.name for task in tasks_of([experiment])] if lost else []
         if errors := [lost[name] for name in names if name in lost]:
             say(f"{head}: FAILED: {len(errors)} of {len(names)} runs")
@@ -136,12 +135,20 @@ def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:
     found: dict[str, Task] = {}
     for experiment in experiments:
         with suppress(ValueError, OSError):  # without its data or weights it fails at its turn
-            if experiment.runs and (force or not is_up_to_date(experiment, input_key(experiment))):
+            if not experiment.runs:
+                continue
+            if force or not is_up_to_date(experiment, input_key(experiment)):
                 asked = experiment if force else without_told_seeds(experiment)
                 tasks = tasks_of([asked]) if force else missing(tasks_of([asked]))
                 found = {task.folder.name: task for task in tasks} | found
-    os.environ["CIFAR10_DOWNLOAD"] = "0"  # likewise: the workers do not ask again
+            _ask_no_more(experiment)
     return list(found.values())
+
+
+def _ask_no_more(experiment: Experiment) -> None:
+    """Keeps all others from asking the network again, once one has asked and was answered."""
+    if experiment.datasets - {"digits"}:
+        os.environ["CIFAR10_DOWNLOAD"] = "0"
 
 
 def _last_line(error: Exception) -> str:

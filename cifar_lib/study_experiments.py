@@ -66,6 +66,12 @@ class Experiment:
         return [(self.name, self.config, seed) for seed in self.seeds]
 
     @property
+    def datasets(self) -> set[str]:
+        """The data sets that it asks for; none where it only reads reports."""
+        own = {self.config.dataset} if "dataset" in self.parameters else set()
+        return own | {config.dataset for _, config, _ in self.runs}
+
+    @property
     def minutes(self) -> float:
         """Expected time on two cores, minutes."""
         return self.minutes_per_seed * max(1, len(self.runs))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -157,7 +158,8 @@ def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
 @pytest.mark.parametrize("jobs", [None, 2])
 def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch, jobs):
     # As of experiments that train, so that an engine asks for their keys beforehand.
-    monkeypatch.setattr(study_experiments.Experiment, "runs", [("toy", None, 0)])
+    trains = property(lambda self: [("toy", self.config, 0)])
+    monkeypatch.setattr(study_experiments.Experiment, "runs", trains)
     monkeypatch.setattr(study, "tasks_of", lambda experiments: [])
     real = study.input_key
 
@@ -170,6 +172,33 @@ def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch
     failed, said = run_study(jobs=jobs)
     assert failed == ["toy/one"] and "toy/two: done in" in said
     assert "failed: toy/one: CIFAR-10 was not found in /nowhere" in said
+
+
+@pytest.mark.parametrize("jobs", [None, 2])
+@pytest.mark.parametrize(
+    ("dataset", "found", "asks_again"),
+    [("digits", True, True), ("auto", True, False), ("cifar10", False, True)],
+)
+def test_the_network_is_asked_until_it_has_answered(
+    checkout, monkeypatch, jobs, dataset, found, asks_again
+):
+    monkeypatch.delenv("CIFAR10_DOWNLOAD")
+    one = checkout / "params/toy/one.yaml"
+    one.write_text(ONE.replace("digits", dataset))
+    trains = property(lambda self: [("toy", self.config, 0)])
+    monkeypatch.setattr(study_experiments.Experiment, "runs", trains)
+    monkeypatch.setattr(study, "tasks_of", lambda experiments: [])
+    monkeypatch.setattr(study, "execute", lambda *_: None)
+
+    def input_key(experiment):
+        if not found:
+            raise ValueError("no answer within 10 s")
+        return "key"
+
+    monkeypatch.setattr(study, "input_key", input_key)
+    _, said = run_study("toy/one", jobs=jobs)
+    assert ("CIFAR10_DOWNLOAD" not in os.environ) == asks_again
+    assert ("no answer within 10 s" in said) == (not found)
 
 
 def test_one_process_executes_an_experiment(checkout):
