@@ -13,7 +13,8 @@ from cifar_lib.models import (
     evaluation_mode,
     flops_per_image,
 )
-from cifar_lib.models.cifar_resnet import Block, CifarResNet, ZeroPadShortcut
+from cifar_lib.models.cifar_resnet import CifarResNet, ZeroPadShortcut
+from cifar_lib.models.parts import BasicBlock
 from cifar_lib.models.vgg import VGG
 
 # Ten classes at width 1. ResNet-18 and VGG: as in kuangliu/pytorch-cifar; cifar_resnet (depth 20):
@@ -146,9 +147,9 @@ def test_zero_pad_shortcut_keeps_every_second_pixel() -> None:
 
 
 def test_block_adds_its_shortcut() -> None:
-    block, x = Block(4, 8, 2), torch.randn(2, 4, 6, 6)
+    block, x = BasicBlock(4, 8, 2, ZeroPadShortcut(4, 2)), torch.randn(2, 4, 6, 6)
     nn.init.zeros_(block.bn2.weight)  # silences the convolutions
-    assert torch.equal(block(x), block.shortcut(x).relu())
+    assert torch.equal(block(x), ZeroPadShortcut(4, 2)(x).relu())
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "vgg11", "vgg16", "vgg19"])

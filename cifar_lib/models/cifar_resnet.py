@@ -8,7 +8,7 @@ ReLU, convolution, batch norm, plus the shortcut, then ReLU.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_lib.models.parts import initialize, scaled
+from cifar_lib.models.parts import BasicBlock, initialize, scaled
 
 
 class ZeroPadShortcut(nn.Module):
@@ -29,34 +29,6 @@ class ZeroPadShortcut(nn.Module):
         """Maps (N, C, H, W) to (N, C + new_channels, H / stride, W / stride)."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
-
-
-class Block(nn.Module):
-    """Two 3×3 convolutions with batch norm, and a shortcut (option A) around them.
-
-    Args:
-        c_in: channels of the input.
-        c_out: channels of the output, at least `c_in`.
-        stride: of the first convolution.
-    """
-
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.shortcut = ZeroPadShortcut(c_out - c_in, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
-        shortcut = self.shortcut(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return self.relu(x + shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -97,5 +69,6 @@ class CifarResNet(nn.Module):
 
 
 def _stage(c_in: int, c_out: int, stride: int, blocks: int) -> nn.Sequential:
-    first = Block(c_in, c_out, stride)
-    return nn.Sequential(first, *(Block(c_out, c_out, 1) for _ in range(blocks - 1)))
+    shortcut = ZeroPadShortcut(c_out - c_in, stride) if stride > 1 else None
+    first = BasicBlock(c_in, c_out, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))

@@ -1,6 +1,6 @@
-"""What the families share: how a width factor scales channels and how weights start."""
+"""What the families share: channels by a width factor, starting weights, the residual block."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def scaled(channels: int, width: float) -> int:
@@ -36,3 +36,34 @@ def initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm, and a shortcut around them.
+
+    Args:
+        c_in: channels of the input.
+        c_out: channels of the output.
+        stride: of the first convolution.
+        downsample: maps the input to the output's shape; None where it has that.
+
+    Source: He et al., arXiv 1512.03385, section 3.3; the sub-modules' names are torchvision's.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, stride: int, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x + shortcut)
