@@ -120,7 +120,8 @@ def _host_generator(generator: torch.Generator) -> torch.Generator:
 
 
 def _to_device(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device, non_blocking=True)  # staged at once, so safe to drop
+    # CUDA stages pageable memory at once, so that it may be dropped; others may read it later.
+    return values.to(images.device, non_blocking=images.device.type == "cuda")
 
 
 def color_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:

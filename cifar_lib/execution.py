@@ -77,7 +77,8 @@ def choose_execution(config: TrainConfig) -> Execution:
     Raises:
         ValueError: the device or the precision asked for is not to be had here.
     """
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+    present = {"cpu": True, "cuda": torch.cuda.is_available()}
+    present["mps"] = torch.backends.mps.is_available()
     name = config.device
     if name == "auto":
         name = "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
@@ -102,16 +103,13 @@ def choose_evaluation(config: TrainConfig) -> Execution:
 
 def prepare_device(execution: Execution, deterministic: bool) -> None:
     """Sets what PyTorch keeps a process: deterministic algorithms, or the fastest ones on CUDA."""
-    if deterministic:  # what cuBLAS asks for; read at the first CUDA call
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     if execution.device.type == "cuda":
+        # What deterministic algorithms ask of cuBLAS; PyTorch reads it once, at its first call,
+        # and a later run in this process may ask for them.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def _computes_in_bf16(device: str) -> bool:
@@ -137,20 +135,22 @@ def _cpu_fact(key: str) -> str:
 
 
 def describe_hardware(execution: Execution) -> dict[str, Any]:
-    """The hardware record of a summary: device, its name, threads, precision, vector units."""
-    if execution.device.type == "cuda":
+    """The hardware record of a summary: device, its name, threads, precision, vector units.
+
+    fp32 on CUDA is tf32 there: `prepare_device` lets products use it.
+    """
+    device, precision = execution.device.type, execution.precision
+    if device == "cuda":
         name = torch.cuda.get_device_name(execution.device)
     else:
         name = _cpu_fact("model name") or platform.processor() or platform.machine()
-    units = [
-        flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in _cpu_flags()
-    ]
+    units = filter(_cpu_flags().__contains__, ("amx_bf16", "avx512_bf16", "avx512f", "avx2"))
     return {
-        "device": execution.device.type,
+        "device": device,
         "name": name,
         "threads": torch.get_num_threads(),
-        "precision": execution.precision,
-        "vector_unit": units[0] if units and execution.device.type == "cpu" else None,
+        "precision": "tf32" if (device, precision) == ("cuda", "fp32") else precision,
+        "vector_unit": next(units, None) if device == "cpu" else None,
     }
 
 
@@ -168,18 +168,27 @@ def describe_environment() -> dict[str, str]:
 def training_code_sha256() -> str:
     """SHA-256 over the rooms that decide what a run computes, 64 hexadecimal digits.
 
-    Of their code, not of its wording: comments, docstrings and line breaks do not count.
+    Of their code, not of its wording: comments, docstrings and line breaks do not count, and
+    every Python version gives the same.
     """
     package, digest = ROOT / "cifar_lib", hashlib.sha256()
     for path in sorted(path for pattern in TRAINING_ROOMS for path in package.glob(pattern)):
         tree = _Wordless().visit(ast.parse(path.read_bytes()))
-        digest.update(f"{path.name}\0{ast.dump(tree)}\0".encode())
+        digest.update(f"{path.name}\0{_text_of(tree)}\0".encode())
     return digest.hexdigest()
 
 
 class _Wordless(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
+
+
+def _text_of(node: Any) -> str:
+    """A syntax tree as text, without the empty fields, which differ between Python versions."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(f'{n}={_text_of(v)}' for n, v in fields)})"
+    return f"[{', '.join(map(_text_of, node))}]" if isinstance(node, list) else repr(node)
 
 
 @functools.cache

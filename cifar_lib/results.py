@@ -177,8 +177,11 @@ def _check(summary: dict[str, Any]) -> None:
 
 
 def alone(result: dict[str, Any]) -> bool:
-    """Whether a run's `result` tells times of its own: it had the machine to itself."""
-    return float(result.get("other_load", 0.0)) <= OtherLoad.NEGLIGIBLE
+    """Whether a run's `result` tells times of its own: it had one machine to itself."""
+    return (
+        float(result.get("other_load", 0.0)) <= OtherLoad.NEGLIGIBLE
+        and result.get("machines", 1) == 1
+    )
 
 
 def metrics_frame(runs: list[Run]) -> pd.DataFrame:

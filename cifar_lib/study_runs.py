@@ -109,9 +109,11 @@ def complete_run(
         label: stands before every line that is printed; None prints none.
         progress: whether to show a bar.
     """
+    # Asked before it is read: another process may be about to finish it, whose state then stays.
+    stale = distributed.on_main(partial(results.is_finished, folder))
     run = distributed.on_main(partial(finished_run, folder, preset))
     if run is None:
-        distributed.on_main(lambda: forget(folder, keep_state=not results.is_finished(folder)))
+        distributed.on_main(partial(forget, folder, keep_state=not stale))
         speaks = distributed.rank() == 0
         with _logged(folder, label) if speaks else nullcontext():
             run = train(config, seed, splits, folder, progress=progress and speaks)

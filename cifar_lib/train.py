@@ -113,7 +113,8 @@ def check_runnable(config: TrainConfig) -> None:
     check_transfer(config)
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
-        model, small = build_model(config, 10), config.low_resolution
+        model = build_model(config, 10)
+        small = config.low_resolution * (config.low_resolution_epochs > 0)
         one = config.backbone_rate > 0 and (config.micro_batch_size or config.batch_size) == 1
         if small or one:
             x = torch.empty(1 if one else 2, 3, small or STORED_SIZE, small or STORED_SIZE)
@@ -179,8 +180,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         ):
             with distributed.gradients_stay(state.forward, part < parts):
                 with execution.autocast():
-                    logits = state.forward(x)
-                logits = logits.float()
+                    logits = state.forward(x).float()
                 each = F.cross_entropy(
                     logits, y, label_smoothing=config.label_smoothing, reduction="none"
                 )
@@ -266,7 +266,7 @@ def _compile(state: TrainState, execution: Execution) -> float:
     before = copy.deepcopy(state.model.state_dict())
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     set_training_mode(state.model)  # as in an epoch: another mode would be compiled anew there
-    for pixels in {side, config.low_resolution if config.low_resolution_epochs else side}:
+    for pixels in {side, config.low_resolution * (config.low_resolution_epochs > 0) or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)
         with execution.autocast():
             state.forward(x.to(execution.device, memory_format=layout)).float().sum().backward()

@@ -99,6 +99,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
             "train_seconds": round(train_seconds, 2),
             "evaluation_seconds": round(evaluation_seconds, 2),
             "images_per_second": round(seen / train_seconds, 1),
+            "machines": len(state.machines),
         },
         "config_fingerprint": config.fingerprint(splits.info.sha256),
         "dataset": asdict(splits.info),

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cifar_lib import checkpoint, distributed, results
 from cifar_lib.augment import normalize
 from cifar_lib.config import TrainConfig
 from cifar_lib.data import ImageSet, Splits, evenly_spread
-from cifar_lib.execution import Execution, training_code_sha256
+from cifar_lib.execution import Execution, describe_hardware, training_code_sha256
 from cifar_lib.fast import use_fast_paths, use_fast_steps
 from cifar_lib.files import shown
 from cifar_lib.models import build_model
@@ -23,9 +23,12 @@ from cifar_lib.models.transfer import expected_statistics, load_pretrained
 from cifar_lib.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
-_NO_BEST = {"epoch": 0, "val_accuracy": None, "val_loss": None}
 
 WHITENING_IMAGES = 5000
+
+
+def _as_best(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: metrics[k] for k in ("epoch", "val_accuracy", "val_loss")}
 
 
 @dataclass
@@ -50,6 +53,7 @@ class TrainState:
     last_losses: Tensor
     pretrained: dict[str, str] | None = None  # the file that the weights began as
     other_load: float = 0.0  # of other processes on the machine, the worst over all resumes
+    machines: list[dict[str, Any]] = field(default_factory=list)  # it ran on, the last one here
 
     @classmethod
     def start(
@@ -96,9 +100,10 @@ class TrainState:
             f"{seed}-{config.fingerprint(splits.info.sha256)}-{training_code_sha256()}",
             epoch=0,
             history=[],
-            best=dict(_NO_BEST),
+            best={"epoch": 0, "val_accuracy": None, "val_loss": None},
             last_losses=torch.full((len(splits.train),), math.inf, device=execution.device),
             pretrained=pretrained,
+            machines=[describe_hardware(execution)],
         )
 
     @property
@@ -138,7 +143,7 @@ class TrainState:
         self.history.append(metrics)
         value, best = metrics["val_accuracy"], self.best["val_accuracy"]
         if value is None or best is None or value > best:
-            self.best = {k: metrics[k] for k in ("epoch", "val_accuracy", "val_loss")}
+            self.best = _as_best(metrics)
 
     def save(self, run_dir: Path) -> None:
         """Saves the state, then the weights where validation improved, and the history."""
@@ -160,6 +165,7 @@ class TrainState:
             "history": self.history,
             "best": self.best,
             "other_load": self.other_load,
+            "machines": self.machines,
             "last_losses": self.last_losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -185,10 +191,15 @@ class TrainState:
             kept = distributed.on_main(lambda: results.epoch_of_weights(run_dir))
             if (best := self.best["epoch"]) not in (self.epoch, kept):
                 logger.warning(
-                    "the weights of epoch %d, the best, are lost: a later one is taken", best
+                    "the weights of epoch %d, the best, are lost: those of epoch %d stand for them",
+                    *(best, self.epoch),
                 )
-                self.best = dict(_NO_BEST)
+                self.best = _as_best(self.history[-1])
             self.other_load = saved["other_load"]
+            before = saved["machines"]
+            self.machines = before + [here for here in self.machines if here != before[-1]]
+            if len(self.machines) > len(before):
+                logger.warning("begun on %s: times are of both machines", before[-1])
             self.last_losses = saved["last_losses"].to(self.last_losses.device)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])

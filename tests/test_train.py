@@ -211,6 +211,7 @@ def test_forcing_a_run_leaves_one_that_is_being_trained(tmp_path, digits, tiny, 
 def test_images_too_small_for_the_network_are_refused_before_data_is_read(tiny):
     with pytest.raises(ValueError, match="low_resolution 24: too small for vgg16"):
         check_runnable(tiny(model="vgg16", low_resolution=24, low_resolution_epochs=1))
+    check_runnable(tiny(model="vgg16", low_resolution=24, low_resolution_epochs=0))
     check_runnable(tiny(model="resnet18", low_resolution=24, low_resolution_epochs=1))
 
 
@@ -265,12 +266,12 @@ def test_averaged_weights_are_the_ones_evaluated(tmp_path, digits, tiny):
     assert not plain.metrics.val_loss.equals(averaged.metrics.val_loss)
 
 
-@pytest.mark.parametrize("epochs_small", [0, 1])
+@pytest.mark.parametrize(("small", "epochs_small"), [(16, 0), (16, 1), (0, 1)])
 def test_each_resolution_is_compiled_as_an_epoch_will_run_it(
-    digits, tiny, monkeypatch, epochs_small
+    digits, tiny, monkeypatch, small, epochs_small
 ):
     """On CUDA a graph's gradients must be gone before it runs again."""
-    config = tiny(compile=True, low_resolution=16, low_resolution_epochs=epochs_small)
+    config = tiny(compile=True, low_resolution=small, low_resolution_epochs=epochs_small)
     state = train_state.TrainState.start(config, 0, digits, choose_execution(config))
     seen = []
 
@@ -285,14 +286,15 @@ def test_each_resolution_is_compiled_as_an_epoch_will_run_it(
     monkeypatch.setattr(torch, "compile", compiled)
     state.model.eval()  # as an evaluation before may leave it
     train_module._compile(state, choose_execution(config))
-    sizes = {32, 16} if epochs_small else {32}
+    sizes = {32, 16} if small and epochs_small else {32}
     assert {size for size, *_ in seen} == sizes and len(seen) == len(sizes)
     assert all(training and gone for _, training, gone in seen)
     assert all(p.grad is None for p in state.model.parameters())
 
 
+@pytest.mark.parametrize("patience", [0, 2])
 def test_weights_of_an_epoch_that_no_state_knows_are_not_taken_for_the_best(
-    tmp_path, digits, tiny, monkeypatch, caplog
+    tmp_path, digits, tiny, monkeypatch, caplog, patience
 ):
     """The last state is torn, and what it knew comes out otherwise the second time."""
     reached = {1: 0.3, 2: 0.2, 3: 0.5}
@@ -309,17 +311,81 @@ def test_weights_of_an_epoch_that_no_state_knows_are_not_taken_for_the_best(
     with monkeypatch.context() as stopped:
         stopped.setattr(train_module.results, "save_summary", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(epochs=3), 0, digits, tmp_path)
+            train(tiny(epochs=3, early_stopping=patience), 0, digits, tmp_path)
     assert results.epoch_of_weights(tmp_path) == 3
     content = bytearray((tmp_path / "last.pt").read_bytes())
     content[100] ^= 255
     (tmp_path / "last.pt").write_bytes(content)
     reached[3] = 0.1
-    run = train(tiny(epochs=3), 0, digits, tmp_path)
+    run = train(tiny(epochs=3, early_stopping=patience), 0, digits, tmp_path)
     saved = run.summary["result"]
-    assert saved["best_epoch"] == results.epoch_of_weights(tmp_path) == 3
-    assert saved["val_accuracy"] == 0.1
-    assert "the weights of epoch 1, the best, are lost" in caplog.text
+    assert saved["best_epoch"] == results.epoch_of_weights(tmp_path) == 2
+    assert saved["val_accuracy"] == 0.2 and saved["epochs"] == 3
+    assert "the weights of epoch 1, the best, are lost: those of epoch 2 stand" in caplog.text
+
+
+def test_a_run_whose_best_weights_were_deleted_ends_with_those_at_hand(tmp_path, digits, tiny):
+    run = train(tiny(epochs=3, learning_rate=1e-9), 0, digits, tmp_path)
+    assert run.summary["result"]["best_epoch"] < 3
+    (tmp_path / results.WEIGHTS).unlink()
+    (tmp_path / results.SUMMARY).unlink()
+    again = train(tiny(epochs=3, learning_rate=1e-9), 0, digits, tmp_path)
+    assert again.summary["result"]["best_epoch"] == results.epoch_of_weights(tmp_path) == 3
+
+
+def test_a_run_that_went_on_on_another_machine_has_no_time_of_its_own(
+    tmp_path, digits, tiny, monkeypatch, caplog
+):
+    with monkeypatch.context() as there:
+        stop_after(there, 1)
+        there.setattr(train_state, "describe_hardware", lambda _: {"name": "that machine"})
+        with pytest.raises(StopError):
+            train(tiny(epochs=2), 0, digits, tmp_path)
+    with monkeypatch.context() as here:
+        stop_after(here, 2)
+        with pytest.raises(StopError):
+            train(tiny(epochs=3), 0, digits, tmp_path / "one")
+    moved = train(tiny(epochs=2), 0, digits, tmp_path).summary["result"] | {"other_load": 0.0}
+    assert moved["machines"] == 2 and not results.alone(moved)
+    assert caplog.text.count("that machine") == 1
+    stayed = train(tiny(epochs=3), 0, digits, tmp_path / "one").summary["result"]
+    assert stayed["machines"] == 1 and results.alone(stayed | {"other_load": 0.0})
+
+
+def test_a_run_that_another_process_finishes_meanwhile_keeps_its_state(
+    tmp_path, digits, tiny, monkeypatch
+):
+    train(tiny(epochs=2), 0, digits, tmp_path)
+    told = (tmp_path / results.SUMMARY).read_bytes()
+    (tmp_path / results.SUMMARY).unlink()
+
+    def too_early(folder, preset):
+        (folder / results.SUMMARY).write_bytes(told)  # just after it was looked for
+
+    monkeypatch.setattr(study_runs, "finished_run", too_early)
+    monkeypatch.setattr(train_module, "train_epoch", None)  # nothing is trained again
+    run = study_runs.complete_run(tmp_path, tiny(epochs=2), 0, digits, "full")
+    assert run.summary["result"]["epochs"] == 2
+
+
+def test_the_code_of_a_training_is_written_alike_by_every_python():
+    """Of ast's own dump that is not so: versions differ in fields that are empty."""
+    tree = execution.ast.parse("def f(x: int = 0) -> None:\n    return [] if x else f'{x:.1f}'")
+    assert execution._text_of(tree) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='x', "
+        "annotation=Name(id='int', ctx=Load()))], defaults=[Constant(value=0)]), "
+        "body=[Return(value=IfExp(test=Name(id='x', ctx=Load()), body=List(ctx=Load()), "
+        "orelse=JoinedStr(values=[FormattedValue(value=Name(id='x', ctx=Load()), conversion=-1, "
+        "format_spec=JoinedStr(values=[Constant(value='.1f')]))])))], returns=Constant())])"
+    )
+
+
+def test_fp32_on_a_gpu_is_recorded_as_what_it_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    there = [Execution(torch.device("cuda"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [execution.describe_hardware(e)["precision"] for e in there] == ["tf32", "bf16"]
+    here = Execution(torch.device("cpu"), torch.float32)
+    assert execution.describe_hardware(here)["precision"] == "fp32"
 
 
 def test_images_with_a_channel_that_is_the_same_everywhere_are_refused(tmp_path, digits, tiny):
