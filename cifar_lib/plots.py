@@ -117,6 +117,7 @@ def learning_curves(
                 values = reported.set_index("epoch")[f"{part}_{quantity}"].dropna()
                 label = f"{part}, {reported_by}"
                 dots = "." if len(values) <= 12 else ""  # the epochs that the source tells
+                values = values.reindex(range(values.index.min(), values.index.max() + 1))
                 ax.plot(values.index, values, ":" + dots, color=color, linewidth=1.8, label=label)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

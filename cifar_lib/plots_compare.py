@@ -16,12 +16,13 @@ from matplotlib.ticker import (
     FixedLocator,
     FuncFormatter,
     LogLocator,
+    MaxNLocator,
     PercentFormatter,
     StrMethodFormatter,
 )
 
 from cifar_lib.execution import UNITS, duration
-from cifar_lib.plots import BLUE, GREY, ORANGE, PERCENT, Chart, caption, new_figure
+from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
 COSTS = {
     "train_seconds": "training time of one seed",
@@ -74,8 +75,9 @@ def accuracy_vs_cost(
     ax.set_xlim(x.min() / 2, x.max() * 2)  # room for the labels, and at least two ticks
     ax.margins(y=0.15)
     note = "; white centre: at most, beside other work" if timed else ""
-    ax.set(xscale="log", xlabel=f"{COSTS[cost]} (log scale{note})", ylabel="test accuracy")
-    ax.set_yscale("logit")  # a point more means more, the nearer it lies to 100 %
+    # A logit scale, as a point more means more, the nearer it lies to 100 %.
+    ax.set(xscale="log", xlabel=f"{COSTS[cost]} (log scale{note})")
+    ax.set(yscale="logit", ylabel="test accuracy (logit scale)")
     if timed:
         shared = points["shared_machine"].astype(bool)
         ax.plot(x[shared], y[shared], "o", color="white", markersize=3.5, zorder=4)
@@ -87,7 +89,7 @@ def accuracy_vs_cost(
     else:
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=EngFormatter())
     ax.minorticks_off()
-    ax.yaxis.set(major_locator=FixedLocator(SHOWN), major_formatter=PERCENT)
+    _set_accuracy_ticks(ax)
     caption(figure, caption_text)
     _name_points(ax, points, cost)
     return figure
@@ -131,6 +133,16 @@ def _errors(points: pd.DataFrame, mean: str) -> npt.NDArray[np.float64]:
     return np.stack([points[mean] - points["low"], points["high"] - points[mean]])
 
 
+def _set_accuracy_ticks(ax: Axes) -> None:
+    """Sets round percentages, and finer ones where fewer than three of those are in sight."""
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in SHOWN if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = list(MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high))
+    percent = FuncFormatter(lambda accuracy, _: f"{100 * accuracy:.4g} %")
+    ax.yaxis.set(major_locator=FixedLocator(ticks), major_formatter=percent)
+
+
 def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     """Writes each experiment's name beside its point, off the others; last, when limits are set."""
     figure = ax.get_figure(root=True)
@@ -140,5 +152,5 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     told = zip(x, y, points["experiment"], strict=True)
     names = [ax.text(left, top, name, fontsize=9) for left, top, name in told]
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    room = {"expand": (1.3, 2.8), "force_text": (0.1, 0.4), "force_static": (0.6, 1.2)}
+    room = {"expand": (1.3, 2.2), "force_text": (0.2, 0.5), "force_static": (0.6, 1.2)}
     adjust_text(names, x, y, ax=ax, iter_lim=1000, arrowprops=line, **room)

@@ -76,7 +76,7 @@ def accuracy_against_seconds(
     Args:
         metrics: columns seed, epoch, seconds and an accuracy, val_accuracy or (where there is no
             validation) train_accuracy, 0..1.
-        slowdown: how many times slower the conventional loop is on this network, measured; the
+        slowdown: how many times as long the conventional loop takes on this network, measured; the
             same epochs at its pace are then drawn beside, dashed: computed, not run.
         caption_text: see `caption`.
     """
@@ -86,7 +86,7 @@ def accuracy_against_seconds(
     for name, factor in paces.items():
         for i, (_, run) in enumerate(metrics.groupby("seed")):
             style = "-" if name == "ours" else "--"
-            said = name if name == "ours" else f"the usual loop's pace ({factor:.1f} times slower)"
+            said = name if name == "ours" else f"the usual loop's pace ({factor:.1f} times as long)"
             label = said if i == 0 else None
             seconds = run["seconds"].cumsum() * factor
             ax.plot(seconds, run[column], style, color=PACES[name], label=label, linewidth=1.3)

@@ -223,6 +223,7 @@ def test_accuracy_vs_cost_places_and_names_the_points(cost: str) -> None:
     low, high = ax.get_xlim()
     ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
     assert len(ticks) >= 2
+    assert "logit scale" in ax.get_ylabel()
     if timed:  # a time from a shared machine has a white centre
         (white,) = [line for line in ax.lines if line.get_color() == "white"]
         assert white.get_xdata().tolist() == [4000]
@@ -265,6 +266,17 @@ def test_accuracies_and_intervals_at_the_ends_of_the_scale_hide_no_point() -> No
     (drawn,) = [c for c in ax.collections if isinstance(c, PathCollection)]
     assert 0 < low < 0.5 < high < 1
     assert all(low < y < high for y in drawn.get_offsets()[:, 1])
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.015, 0.004])
+def test_however_close_the_accuracies_lie_the_axis_has_different_numbers(spread: float) -> None:
+    columns = ["experiment", "test_accuracy", "low", "high", "parameters", "weights"]
+    rows = [(str(i), 0.816 - i * spread, np.nan, np.nan, 10**5 * 2**i, None) for i in range(2)]
+    (ax,) = plots_compare.accuracy_vs_cost(pd.DataFrame(rows, columns=columns), "parameters").axes
+    low, high = ax.get_ylim()
+    said = ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))
+    seen = [t for y, t in zip(ax.get_yticks(), said, strict=True) if low <= y <= high]
+    assert len(set(seen)) == len(seen) >= 2
 
 
 def test_a_chart_of_nothing_measured_is_empty_not_an_error() -> None:
