@@ -55,7 +55,7 @@ def test_at_half_width_the_remedies_are_the_same_and_plain_and_pair_those_of_the
     for name in others:
         of_full = changes(full.variants[name], full.variants[plain])
         assert changes(half.variants[name], half.variants[plain]) == of_full
-    assert len(others) == 3 and "half width" in half.question
+    assert len(others) == 4 and "half width" in half.question
     assert half.seeds[plain] == depths.seeds[plain]
 
 
