@@ -125,14 +125,9 @@ class TrainConfig(BaseModel):
         True, description="whether weight decay also acts on norms and biases"
     )
     label_smoothing: Float = Field(0.0, ge=0, lt=1, description="label smoothing, 0..1")
-    schedule: Literal[
-        "constant",
-        "step",
-        "exponential",
-        "cosine",
-        "warmup_cosine",
-        "linear",
-    ] = Field("constant", description="learning-rate schedule, evaluated every step")
+    schedule: Literal["constant", "step", "exponential", "cosine", "warmup_cosine", "linear"] = (
+        Field("constant", description="learning-rate schedule, evaluated every step")
+    )
     warmup_epochs: Float = Field(
         0.0, ge=0, description="warm-up of warmup_cosine and linear, epochs"
     )
@@ -206,6 +201,11 @@ class TrainConfig(BaseModel):
     def weights_path(self) -> Path:
         """The file that `weights` names, if it is not 'imagenet'; relative to the checkout."""
         return ROOT / os.path.expanduser(self.weights or "")  # which leaves ~nobody as it is
+
+    @property
+    def small_side(self) -> int:
+        """Side of the images in the first epochs, pixels; 0 where every epoch has full ones."""
+        return self.low_resolution if self.low_resolution_epochs else 0
 
     def fingerprint(self, data_sha256: str = "") -> str:
         """Names this configuration, on this data, in twelve hexadecimal digits.

@@ -115,7 +115,7 @@ def answer(summaries: list[dict[str, Any]], notebook: str) -> str:
 def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any]]) -> str:
     """A line of an answer, with a word if it compares with ImageNet's weights or former runs."""
     compared = re.match(r"against (\S+): ([+-][\d.]+) points(?: \(means of n = (\d+))?", line)
-    if compared is None or int(compared[3] or len(summary["runs"])) != len(summary["runs"]):
+    if compared is None or compared[3] not in (None, str(len(summary["runs"]))):
         return line  # of no comparison, or of the seeds there were before others were added
     for other in summaries:
         if other.get("path") == compared[1] and other["runs"]:

@@ -113,8 +113,7 @@ def check_runnable(config: TrainConfig) -> None:
     check_transfer(config)
     distributed.check_divisible(config)
     with torch.device("meta"):  # shapes without memory
-        model = build_model(config, 10)
-        small = config.low_resolution * (config.low_resolution_epochs > 0)
+        model, small = build_model(config, 10), config.small_side
         one = config.backbone_rate > 0 and (config.micro_batch_size or config.batch_size) == 1
         if small or one:
             x = torch.empty(1 if one else 2, 3, small or STORED_SIZE, small or STORED_SIZE)
@@ -266,7 +265,7 @@ def _compile(state: TrainState, execution: Execution) -> float:
     before = copy.deepcopy(state.model.state_dict())
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     set_training_mode(state.model)  # as in an epoch: another mode would be compiled anew there
-    for pixels in {side, config.low_resolution * (config.low_resolution_epochs > 0) or side}:
+    for pixels in {side, config.small_side or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)
         with execution.autocast():
             state.forward(x.to(execution.device, memory_format=layout)).float().sum().backward()
