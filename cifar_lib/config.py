@@ -84,6 +84,10 @@ class TrainConfig(BaseModel):
     backbone_rate: Float = Field(
         1.0, ge=0, le=1, description="factor on learning_rate before the last layer; 0 freezes"
     )
+    head_rate: Float = Field(1.0, gt=0, le=1e4, description="the same of the last layer")
+    norm_and_bias_rate: Float = Field(
+        1.0, gt=0, le=1e4, description="factor on learning_rate of norms and biases"
+    )
     normalization: Literal["data", "weights"] = Field(
         "data", description="by the statistics of train, or of the images of 'imagenet' weights"
     )
@@ -128,9 +132,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["constant", "step", "exponential", "cosine", "warmup_cosine", "linear"] = (
         Field("constant", description="learning-rate schedule, evaluated every step")
     )
-    warmup_epochs: Float = Field(
-        0.0, ge=0, description="warm-up of warmup_cosine and linear, epochs"
-    )
+    warmup_epochs: Float = Field(0.0, ge=0, description="of warmup_cosine and linear, epochs")
     step_epochs: int = Field(10, ge=1, description="epochs between the steps of schedule step")
     gamma: Float = Field(0.1, gt=0, le=1, description="factor of step and (an epoch) exponential")
     low_resolution: int = Field(
@@ -143,9 +145,7 @@ class TrainConfig(BaseModel):
     keep_hardest_from: int = Field(
         1, ge=1, description="full epochs before the first that keeps only the hardest"
     )
-    ema_decay: Float = Field(
-        0.0, ge=0, lt=1, description="decay a step of the averaged weights; 0 is off"
-    )
+    ema_decay: Float = Field(0.0, ge=0, lt=1, description="averaged weights' decay a step; 0: off")
     early_stopping: int = Field(
         0, ge=0, description="stop after so many epochs without a better val_accuracy; 0 is off"
     )
@@ -189,10 +189,8 @@ class TrainConfig(BaseModel):
             )
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov true needs momentum above 0, got momentum 0")
-        if self.optimizer == "muon" and 0 < self.backbone_rate < 1:
-            raise ValueError(f"backbone_rate {self.backbone_rate:g} must be 0 or 1 with muon")
-        if self.optimizer == "muon" and not (self.nesterov and self.decay_norm_and_bias):
-            raise ValueError("nesterov and decay_norm_and_bias must be true with muon")
+        if self.optimizer == "muon" and not self.nesterov:
+            raise ValueError("nesterov must be true with muon")
         if (patience := self.early_stopping) and self.val_fraction == 0:
             raise ValueError(f"early_stopping {patience} needs val_fraction above 0, got 0")
         return self

@@ -18,32 +18,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Args:
         model: its trainable parameters are optimised.
         config: optimizer, learning_rate, momentum, nesterov, weight_decay and
-            decay_norm_and_bias are read, and backbone_rate.
+            decay_norm_and_bias are read, backbone_rate, head_rate and norm_and_bias_rate.
 
     Returns:
-        One optimiser; parameters of fewer than two dimensions (norms, biases) form a second
-        group without weight decay unless `decay_norm_and_bias`, which Muon takes for granted;
-        the backbone forms groups of its own, after the last layer's, if its rate differs.
+        One optimiser, with a group for all parameters that share their rate, their weight decay
+        and, under Muon, what moves them.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups, rate = _groups(model, config), config.learning_rate
     if config.optimizer == "muon":
-        return Muon(
-            [p for p in parameters if p.ndim == 4],
-            [p for p in parameters if p.ndim != 4],
-            config.learning_rate,
-            config.momentum,
-            config.weight_decay,
-        )
-    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": config.weight_decay}]
-    if not config.decay_norm_and_bias:
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    groups = [group for group in groups if group["params"]]
-    if 0 < config.backbone_rate < 1:
-        groups = _slow_backbone(model, groups, config.backbone_rate)
-    rate = config.learning_rate
+        return Muon(groups, rate, config.momentum)
     # Fused: one pass over the parameters instead of one an operation.
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -62,17 +45,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
-def _slow_backbone(
-    model: nn.Module, groups: list[dict[str, Any]], factor: float
-) -> list[dict[str, Any]]:
-    """Parts every group into the last layer's parameters and the others, those at `factor`."""
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The trainable parameters by factor on the rate, weight decay and whether Muon moves them."""
     head = set(last_layer(model)[1].parameters())
-    parts = []
-    for rate_factor, in_head in ((1.0, True), (factor, False)):
-        for group in groups:
-            chosen = [p for p in group["params"] if (p in head) == in_head]
-            parts.append(group | {"params": chosen, "rate_factor": rate_factor})
-    return [part for part in parts if part["params"]]
+    by_muon = config.optimizer == "muon"
+    found: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        factor = config.head_rate if p in head else config.backbone_rate
+        factor *= config.norm_and_bias_rate if p.ndim < 2 else 1.0
+        decay = config.weight_decay if p.ndim > 1 or config.decay_norm_and_bias else 0.0
+        found.setdefault((factor, decay, by_muon and p.ndim == 4), []).append(p)
+    names = ("rate_factor", "weight_decay", "filters")
+    return [{"params": group} | dict(zip(names, key, strict=True)) for key, group in found.items()]
 
 
 def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:

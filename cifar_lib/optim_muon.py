@@ -1,10 +1,10 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan's coefficients: steep at 0, near 1 elsewhere
 NEWTON_SCHULZ_STEPS = 3  # as for small networks; torch.optim.Muon takes 5
@@ -19,30 +19,18 @@ class Muon(torch.optim.Optimizer):
     on what SGD moves.
 
     Args:
-        filters: parameters of two or more dimensions that Muon moves.
-        others: parameters that SGD moves.
-        lr: learning rate of both.
-        momentum: of both, 0..1.
-        weight_decay: of the others, added to their gradient.
+        groups: of parameters, each with `params`, `weight_decay` and `filters`: whether Muon moves
+            them, which then have two or more dimensions and no decay; else it is added to the
+            gradient.
+        lr: learning rate of all.
+        momentum: of all, 0..1.
 
     Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (2024), and its
     use in KellerJordan/cifar10-airbench.
     """
 
-    def __init__(
-        self,
-        filters: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-    ) -> None:
-        groups = [
-            {"params": list(filters), "orthogonal": True},
-            {"params": list(others), "orthogonal": False},
-        ]
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -53,14 +41,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 gradient = p.grad
-                if not group["orthogonal"] and group["weight_decay"]:
+                if not group["filters"] and group["weight_decay"]:
                     gradient = gradient.add(p, alpha=group["weight_decay"])
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
                 update = gradient.add(buffer, alpha=momentum)
-                if group["orthogonal"]:
+                if group["filters"]:
                     p.mul_(len(p) ** 0.5 / p.norm())
                     update = orthogonalize(update.flatten(1)).view(p.shape)
                 p.add_(update, alpha=-group["lr"])

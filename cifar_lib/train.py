@@ -158,7 +158,8 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
         range(steps), f"epoch {epoch + 1}", leave=False, unit="step", disable=not progress
     ):
         done = (epoch + step / steps) * state.steps_per_epoch
-        set_learning_rate(state.optimizer, config.learning_rate * factor_at(round(done)))
+        rate = config.learning_rate * factor_at(round(done))
+        set_learning_rate(state.optimizer, rate)
         index = order[step * size : (step + 1) * size]
         images, targets = augment_batch(
             state.data.images.index_select(0, index),
@@ -208,7 +209,7 @@ def train_epoch(state: TrainState, execution: Execution, progress: bool = False)
     return {
         "seed": seed,
         "epoch": epoch + 1,
-        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "learning_rate": rate,
         "train_loss": float(by_step.mean()),
         "train_accuracy": sum(distributed.gather(int(correct))) / (steps * size),
     }

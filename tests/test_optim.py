@@ -1,5 +1,6 @@
 """Optimisers do what their names say; schedules keep their bounds and end points."""
 
+import copy
 import itertools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.optim import build_optimizer, build_schedule
+from cifar_lib.optim import build_optimizer, build_schedule, set_learning_rate
 
 SCHEDULES = [
     "constant",
@@ -112,13 +113,67 @@ def test_an_optimizer_lowers_a_loss(name):
     assert losses[-1] < losses[0]
 
 
+SETTINGS = {"lr": 0.1, "weight_decay": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("sgd", lambda p: torch.optim.SGD(p, momentum=0.8, nesterov=True, **SETTINGS)),
+        ("heavy ball", lambda p: torch.optim.SGD(p, momentum=0.8, **SETTINGS)),
+        ("adam", lambda p: torch.optim.Adam(p, **SETTINGS)),
+        ("adamw", lambda p: torch.optim.AdamW(p, **SETTINGS)),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, momentum=0.8, **SETTINGS)),
+    ],
+)
+def test_each_optimizer_steps_as_torchs_own_of_that_name(name, reference):
+    config = TrainConfig(
+        optimizer="sgd" if name == "heavy ball" else name,
+        learning_rate=SETTINGS["lr"],
+        weight_decay=SETTINGS["weight_decay"],
+        momentum=0.8,
+        nesterov=name == "sgd",
+    )
+    torch.manual_seed(0)
+    ours = nn.Linear(4, 3)
+    theirs = copy.deepcopy(ours)
+    for model, optimizer in (
+        (ours, build_optimizer(ours, config)),
+        (theirs, reference(theirs.parameters())),
+    ):
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)
+
+
 def test_weight_decay_keeps_off_norms_and_biases_if_asked():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     config = TrainConfig(weight_decay=0.1, decay_norm_and_bias=False)
     decayed, spared = build_optimizer(model, config).param_groups
-    assert [p.ndim for p in decayed["params"]] == [4] and decayed["weight_decay"] == 0.1
-    assert [p.ndim for p in spared["params"]] == [1, 1, 1] and spared["weight_decay"] == 0
+    assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in spared["params"]] == [1, 1, 1, 1] and spared["weight_decay"] == 0
     assert len(build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_norms_and_biases_and_the_last_layer_may_have_rates_of_their_own(name):
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 2)
+    )
+    config = TrainConfig(
+        optimizer=name, backbone_rate=0.5, head_rate=8.0, norm_and_bias_rate=3.0, nesterov=True
+    )
+    optimizer = build_optimizer(model, config)
+    set_learning_rate(optimizer, 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {key: round(rates[id(p)], 6) for key, p in model.named_parameters()}
+    assert found == {
+        "0.weight": 0.05, "0.bias": 0.15, "1.weight": 0.15, "1.bias": 0.15,
+        "3.weight": 0.05, "3.bias": 0.15, "4.weight": 0.8, "4.bias": 2.4,
+    }  # fmt: skip
 
 
 def test_frozen_parameters_are_left_out():

@@ -94,7 +94,11 @@ def test_muon_moves_filters_by_orthogonal_steps_and_the_rest_by_sgd() -> None:
     torch.manual_seed(0)
     filters, bias, twin = (nn.Parameter(torch.randn(*s)) for s in [(4, 3, 3, 3), (5,), (5,)])
     twin.data.copy_(bias.data)
-    muon = Muon([filters], [bias], lr=0.1, momentum=0.6, weight_decay=0.01)
+    groups = [
+        {"params": [filters], "filters": True, "weight_decay": 0.01},
+        {"params": [bias], "filters": False, "weight_decay": 0.01},
+    ]
+    muon = Muon(groups, lr=0.1, momentum=0.6)
     sgd = torch.optim.SGD([twin], lr=0.1, momentum=0.6, nesterov=True, weight_decay=0.01)
     for _ in range(3):
         filters.grad, bias.grad = torch.randn_like(filters), torch.randn_like(bias)

@@ -263,7 +263,6 @@ def test_a_slow_backbone_moves_by_its_share(tiny, decay_norm_and_bias):
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         optimizer = build_optimizer(model, config)
         set_learning_rate(optimizer, 0.1)
-        assert optimizer.param_groups[0]["lr"] == 0.1  # the one on record
         model(
             torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         ).sum().backward()
