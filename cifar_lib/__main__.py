@@ -79,7 +79,8 @@ def train(
     """Train the configuration of a parameter file; a finished run is not repeated.
 
     Several processes train one run together under torchrun, on as many GPUs or on the cores of
-    a CPU: `torchrun --nproc_per_node=2 -m cifar_lib train PARAMS`. batch_size stays the images
+    a CPU: `torchrun --nproc_per_node=2 --shutdown-timeout=3600 -m cifar_lib train PARAMS`, with
+    seconds enough for the epoch that Ctrl-C lets end, 30 by itself. batch_size stays the images
     of a step; each process takes its share, and batch norm sees that share. It must divide
     evenly. The first process writes and prints. A run may go on with another number of
     processes. OMP_NUM_THREADS above 1 sets the threads of each; else the cores are divided.
@@ -227,6 +228,9 @@ def report(
         raise typer.Exit(1)
 
 
+_GOES_ON = "stopped; the same command goes on after what is finished"
+_FORCED = "stopped; --force would begin anew: leave it out, of a study delete the old reports first"
+
 # Typer carries a click of its own and exports only this subclass of its UsageError.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -254,16 +258,14 @@ def main() -> None:
         sys.exit(130)
     except SystemExit as stop:  # by a signal
         if stop.code in (130, 143) and os.environ.get("RANK", "0") == "0":
-            print("stopped; the same command goes on after what is finished", file=sys.stderr)
+            print(_FORCED if "--force" in sys.argv else _GOES_ON, file=sys.stderr)
         sys.exit(stop.code)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        print(f"error: {with_remedy(error)}", file=sys.stderr)
-        sys.exit(1)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, FloatingPointError) as error:
+        said = with_remedy(error) if isinstance(error, OSError) else error
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

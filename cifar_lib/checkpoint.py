@@ -36,6 +36,11 @@ def hold(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def has_state(run_dir: Path) -> bool:
+    """Whether a run was begun here: a training state lies in its folder."""
+    return any((run_dir / name).is_file() for name in (LAST, PREVIOUS))
+
+
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
     """Saves a training state as `last.pt`, keeping the one before as `previous.pt`.
 

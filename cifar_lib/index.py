@@ -20,7 +20,7 @@ MISSING = "–"
 ANSWER = "<!-- answer:begin -->"
 FULL = "reports/full"
 SYSTEMS = "params/05_compare/systems.csv"
-CORRECTIONS = " What executed notebooks say and is known better: [corrections](CORRECTIONS.md)."
+CORRECTIONS = " Where an executed notebook is wrong or superseded: [corrections](CORRECTIONS.md)."
 
 
 def percent(value: float | None) -> str:

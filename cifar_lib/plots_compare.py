@@ -71,13 +71,14 @@ def accuracy_vs_cost(
     # The names without seaborn's headings, which are the columns'.
     told = zip(*ax.get_legend_handles_labels(), strict=True)
     handles, names = zip(*[entry for entry in told if entry[1] not in points], strict=True)
-    figure.legend(handles, names, fontsize=9, frameon=False, ncols=2, loc="outside upper left")
+    if len(names) > 1:
+        figure.legend(handles, names, fontsize=9, frameon=False, ncols=2, loc="outside upper left")
     ax.set_xlim(x.min() / 2, x.max() * 2)  # room for the labels, and at least two ticks
     ax.margins(y=0.15)
     note = "; white centre: at most, beside other work" if timed else ""
     # A logit scale, as a point more means more, the nearer it lies to 100 %.
-    ax.set(xscale="log", xlabel=f"{COSTS[cost]} (log scale{note})")
-    ax.set(yscale="logit", ylabel="test accuracy (logit scale)")
+    says = {"xlabel": f"{COSTS[cost]} (log scale{note})", "ylabel": "test accuracy (logit scale)"}
+    ax.set(xscale="log", yscale="logit", **says)
     if timed:
         shared = points["shared_machine"].astype(bool)
         ax.plot(x[shared], y[shared], "o", color="white", markersize=3.5, zorder=4)

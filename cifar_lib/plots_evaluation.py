@@ -32,7 +32,7 @@ def reliability_diagram(tables: Mapping[str, pd.DataFrame], *, caption_text: str
         tables: title → as `evaluate_calibration.reliability_frame` returns it.
         caption_text: see `plots.caption`.
     """
-    figure, axes = new_figure(4.0, columns=len(tables))
+    figure, axes = new_figure(4.3, columns=len(tables))
     for ax, (title, table) in zip(axes, tables.items(), strict=True):
         ax.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
         bars = ax.bar(table.confidence, table.n / table.n.sum(), width=0.04, color="#cccccc")
@@ -52,7 +52,8 @@ def reliability_diagram(tables: Mapping[str, pd.DataFrame], *, caption_text: str
 def corruption_curves(tables: Mapping[str, pd.DataFrame], *, caption_text: str = "") -> Chart:
     """Draws accuracy by severity, a panel a corruption and one for their mean, a line a system.
 
-    The lines are means over seeds; bars reach from the lowest seed to the highest.
+    The lines are means over seeds; bars reach from the lowest seed to the highest. The last
+    system is the report's own and lies on top, black and thick.
 
     Args:
         tables: name of the system → rows as `evaluate_robustness.corruption_frame` returns them,
@@ -66,14 +67,16 @@ def corruption_curves(tables: Mapping[str, pd.DataFrame], *, caption_text: str =
         clean = rows[rows.corruption == "none"]
         corrupted = rows[rows.corruption != "none"]
         label = f"{system}, n = {rows.seed.nunique()}"
-        color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
+        color, style, width = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--", 1.2
+        if i == len(tables) - 1:
+            color, style, width = "black", "-", 2.5
         for ax, name in zip(axes, [*names, "mean of all"], strict=False):
             chosen = corrupted if name == "mean of all" else corrupted[corrupted.corruption == name]
             by_seed = pd.concat([clean, chosen]).groupby(["severity", "seed"]).accuracy.mean()
             spread = by_seed.groupby("severity").agg(["mean", "min", "max"])
             errors = [spread["mean"] - spread["min"], spread["max"] - spread["mean"]]
             ax.errorbar(spread.index, spread["mean"], np.abs(errors), color=color, label=label)
-            ax.lines[-1].set(marker="o", markersize=4, linestyle=style)
+            ax.lines[-1].set(marker="o", markersize=4, linestyle=style, linewidth=width)
             ax.set_title(name.replace("_", " ").replace("jpeg", "JPEG"), fontsize=10)
     for ax in axes:
         ax.set(ylim=(0, 1), xticks=range(6))

@@ -8,8 +8,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
 
-PACES = {"ours": BLUE, "conventional": ORANGE}
-
 
 def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     """Draws images a second, rung by rung, logarithmic: a bar from the rung before to this one.
@@ -36,13 +34,12 @@ def ladder(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
         ax.annotate(f"  {rate:,.0f}{gain} · {why}", (right, i), va="center", fontsize=8)
     ax.set_yticks(list(y), frame["rung"].tolist())
     ax.invert_yaxis()
-    ax.set_xscale("log")
+    ax.set(xscale="log", xlabel="images a second in training (log scale)")
     ax.set_xlim(spans.min() / 1.3, spans.max() * 60)  # room for what the labels say
     ticks = LogLocator(subs=(1, 2, 5)).tick_values(spans.min(), spans.max())
     ax.set_xticks([t for t in ticks if spans.min() / 1.3 <= t <= 2 * spans.max()])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.minorticks_off()
-    ax.set_xlabel("images a second in training (log scale)")
     ax.grid(axis="y", visible=False)
     return caption(figure, caption_text)
 
@@ -82,21 +79,19 @@ def accuracy_against_seconds(
     """
     column = "val_accuracy" if metrics["val_accuracy"].notna().any() else "train_accuracy"
     figure, (ax,) = new_figure(3.6)
-    paces = {"ours": 1.0} | ({"conventional": slowdown} if slowdown else {})
-    for name, factor in paces.items():
+    paces = [("ours", 1.0, "-", BLUE)]
+    if slowdown:
+        said = f"the usual loop's pace ({slowdown:.1f} times as long)"
+        paces.append((said, slowdown, "--", ORANGE))
+    for name, factor, style, color in paces:
         for i, (_, run) in enumerate(metrics.groupby("seed")):
-            style = "-" if name == "ours" else "--"
-            said = name if name == "ours" else f"the usual loop's pace ({factor:.1f} times as long)"
-            label = said if i == 0 else None
-            seconds = run["seconds"].cumsum() * factor
-            ax.plot(seconds, run[column], style, color=PACES[name], label=label, linewidth=1.3)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            (line,) = ax.plot(run["seconds"].cumsum() * factor, run[column], style)
+            line.set(color=color, label=name if i == 0 else None, linewidth=1.3)
+    says = {"xlabel": "seconds of training (log scale)", "ylabel": column.replace("_", " ")}
+    ax.set(xscale="log", **says)
+    seconds_text = FuncFormatter(lambda x, _: f"{x:,g}")
+    ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=seconds_text)
     ax.minorticks_off()
-    ax.set_xlabel("seconds of training (log scale)")
-    ax.set_ylabel(column.replace("_", " "))
     ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     ax.legend(frameon=False)
-    caption(figure, caption_text)
-    return figure
+    return caption(figure, caption_text)

@@ -29,6 +29,7 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     groups = frame["group"].unique()
     rows = frame.groupby("group", sort=False)["variant"].nunique()
     figure, axes = new_figure(0.32 * int(rows.sum()) + 0.6 * len(groups) + 0.5, rows=len(groups))
+    several = frame.duplicated(["group", "variant"]).any()  # else each run is its own mean
     grid = axes[0].get_gridspec()
     assert grid is not None
     grid.set_height_ratios([n + 1 for n in rows])
@@ -42,16 +43,16 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
             interval = mean_interval(list(values), LEVEL)
             if interval.low is not None and interval.high is not None:
                 ax.hlines(row + 0.22, interval.low, interval.high, color=BLUE, linewidth=2)
-            ax.plot(interval.mean, row + 0.22, "D", color=BLUE, markersize=5)
+            if several:
+                ax.plot(interval.mean, row + 0.22, "D", color=BLUE, markersize=5)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.4, -0.5)
         ax.set_title(group, loc="left", fontsize=10)
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
-    axes[-1].set_xlabel(
-        "validation accuracy: each run (grey), mean and 95 % interval over seeds (blue)"
-    )
+    told = ": each run (grey), mean and 95 % interval over seeds (blue)" if several else ", one run"
+    axes[-1].set_xlabel(f"validation accuracy{told}")
     return caption(figure, caption_text)
 
 

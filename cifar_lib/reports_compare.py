@@ -8,7 +8,7 @@ import pandas as pd
 
 from cifar_lib.config import ROOT
 from cifar_lib.evaluate import mean_interval
-from cifar_lib.reports import read_summaries
+from cifar_lib.reports import read_summaries, row_of
 
 MEASURES = {"validation": "val_accuracy_last", "TTA": "test_accuracy_tta"}
 """What a source's `reported_on` names → the same of ours, of a run; else plain test accuracy.
@@ -103,10 +103,10 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
 def stage_tables(
     reports_dir: str | Path, table: str, dataset_sha256: str, but: str
 ) -> dict[str, pd.DataFrame]:
-    """Reads a table of each stage's best other report, the best by mean validation accuracy.
+    """Reads a table of each stage's best other reports, the best by mean validation accuracy.
 
-    Reports without validation images were trained on all, and nothing tells which is best: all
-    of them count too.
+    What starts from ImageNet's weights and what does not stand apart. Reports without validation
+    images were trained on all, and nothing tells which is best: all of them count too.
 
     Args:
         reports_dir: from the root of the checkout; may be missing.
@@ -117,7 +117,7 @@ def stage_tables(
     Returns:
         `notebook/experiment` → the table, in the order of the notebooks.
     """
-    best: dict[str, tuple[float, str]] = {}
+    best: dict[tuple[str, bool], tuple[float, str]] = {}
     paths: list[str] = []
     for summary in read_summaries(reports_dir):
         notebook, path, val = summary["notebook"], summary["path"], summary["val_accuracy"]
@@ -125,7 +125,8 @@ def stage_tables(
         has_table = (ROOT / reports_dir / path / f"{table}.csv").is_file()
         counts = path != but and same_data and has_table
         if counts and val:
-            best[notebook] = max(best.get(notebook, (0.0, "")), (val["mean"], path))
+            kind = notebook, bool(row_of(summary)["weights"])
+            best[kind] = max(best.get(kind, (0.0, "")), (val["mean"], path))
         elif counts:
             paths.append(path)
     paths += [path for _, path in best.values()]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
+from cifar_lib.files import write_json
 from cifar_lib.reports import OF_A_RUN, Report, machines_line, summary_paths
 from cifar_lib.results import Run
 
@@ -76,5 +77,6 @@ def keep_other_seeds(new: Path, old: Path) -> None:
     kept = ", ".join(map(str, seeds))
     note = f"seeds {kept} are kept from an earlier execution; the notebook shows the others"
     runs = [run for _, run in sorted((told | here).items())]
-    answer = [note, *machines_line(runs), *summary["answer"]]
-    report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)
+    answer = [note, *machines_line(runs), *summary.get("answer", [])]
+    of_all = report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)
+    write_json(new / "summary.json", summary | of_all)  # with what the notebook adds of its own

@@ -152,7 +152,7 @@ def load_run(run_dir: str | Path) -> Run:
             + (f"one of those in it: {', '.join(inside[:5])}" if inside else _A_RUN)
         )
     try:
-        summary = json.loads((run_dir / SUMMARY).read_text())
+        summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
         metrics = pd.read_csv(run_dir / METRICS)
         # A field that was deleted since said nothing of the network: its weights are checked.
         config = config_of(read_yaml(run_dir / CONFIG))

@@ -14,6 +14,7 @@ from cifar_lib.execution import duration
 from cifar_lib.files import with_remedy
 from cifar_lib.study_engine import Engine, LocalEngine, Task, missing, tasks_of, train_tasks
 from cifar_lib.study_execute import (
+    check_keeps_seeds,
     execute,
     input_key,
     is_up_to_date,
@@ -24,7 +25,7 @@ from cifar_lib.study_execute import (
 )
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_ray import RayEngine
-from cifar_lib.study_runs import forget, runs
+from cifar_lib.study_runs import FRESH, forget, runs
 
 __all__ = ["runs", "study"]
 
@@ -43,8 +44,8 @@ def study(
     """Runs a preset: every experiment that is not up to date, one after the other.
 
     With Ray, more than one job or force all that is missing is trained first, a sweep's search
-    among it, and the notebooks find it finished; else each notebook trains its own. A failing run
-    or experiment does not stop the others.
+    among it, and the notebooks find it finished; else each notebook trains its own. A failing
+    experiment does not stop the others; a failing run does those after it in its stage alone.
 
     Args:
         preset: a name in `params/study.yaml`.
@@ -75,7 +76,10 @@ def study(
     experiments = load_preset(preset, only, n_seeds)
     for experiment in experiments:
         take_back_report(experiment)
-    left = sum(e.minutes for e in experiments)
+        if n_seeds is not None and preset not in FRESH:
+            check_keeps_seeds(experiment)
+    minutes = {e.label: e.minutes for e in experiments}
+    left = sum(minutes.values())
     say(
         f"preset {preset}: {len(experiments)} experiments, about {duration(60 * left)} on two "
         "cores if none is up to date"
@@ -89,11 +93,14 @@ def study(
         for task in tasks if force else ():
             forget(task.folder)
         lost = train_tasks(tasks, workers, say)
+    if beforehand:  # what is left is a minute or so for each notebook
+        minutes = dict.fromkeys(minutes, 1.0)
+        left = sum(minutes.values())
     spent, expected = 0.0, 0.0
     failed: dict[str, Experiment] = {}
     for i, experiment in enumerate(experiments, 1):
         head = f"[{i}/{len(experiments)}] {experiment.label}"
-        left -= experiment.minutes
+        left -= minutes[experiment.label]
         try:
             key = input_key(experiment)
         except (ValueError, OSError) as error:  # its data or weights are not to be had
@@ -110,8 +117,8 @@ def study(
             failed |= dict.fromkeys(errors, experiment)
             continue
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
-        minutes = (experiment.minutes + left) * (spent + 5) / (expected + 5)
-        say(f"{head}: running, about {duration(60 * minutes)} left for all")
+        guess = (minutes[experiment.label] + left) * (spent + 5) / (expected + 5)
+        say(f"{head}: running, about {duration(60 * guess)} left for all")
         began = time.perf_counter()
         try:
             execute(experiment if force else without_told_seeds(experiment), key, console)
@@ -122,7 +129,7 @@ def study(
             say(f"{head}: FAILED: {_last_line(error)}")
         else:
             seconds = time.perf_counter() - began
-            spent, expected = spent + seconds / 60, expected + experiment.minutes
+            spent, expected = spent + seconds / 60, expected + minutes[experiment.label]
             where = experiment.destination.relative_to(ROOT)
             say(f"{head}: done in {duration(seconds)}, {where}/executed.ipynb")
     for reason in failed:

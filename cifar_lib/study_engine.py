@@ -7,9 +7,11 @@ is read from `train.log`, wherever the worker is.
 
 import contextlib
 import multiprocessing
+import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -221,9 +223,18 @@ class LocalEngine:
 def _serve(connection: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes, in order:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             connection.send(train_task(connection.recv(), threads))
+
+
+def _end_with_parent() -> None:
+    """Waits in a worker until its parent is gone, killed for instance, then ends the worker."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _log_lines(folder: Path) -> list[str]:

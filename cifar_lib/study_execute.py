@@ -18,12 +18,13 @@ from traitlets.config import Config
 
 from cifar_lib.config import ROOT
 from cifar_lib.data import load_dataset
-from cifar_lib.files import beside, hash_files, replace_folder
+from cifar_lib.files import beside, hash_files, replace_folder, shown, write_json
 from cifar_lib.index import ANSWER, answer, replace_block
+from cifar_lib.reports import summary_paths
 from cifar_lib.reports_runs import keep_other_seeds, published_runs
 from cifar_lib.results import is_finished
 from cifar_lib.study_engine import tasks_of
-from cifar_lib.study_experiments import Experiment
+from cifar_lib.study_experiments import Experiment, papermill_path
 from cifar_lib.study_runs import FRESH, RUNS
 
 FILES = ("sweep", "systems", "reported_curve")
@@ -46,7 +47,7 @@ def input_key(experiment: Experiment) -> str:
         root = ROOT / experiment.parameters["reports_dir"]
         parts += [
             hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.glob("**/summary.json"))
+            for path in summary_paths(root)
             if experiment.destination not in path.parents
         ]
     elif "sweep" in experiment.parameters:
@@ -67,10 +68,10 @@ def input_key(experiment: Experiment) -> str:
 def is_up_to_date(experiment: Experiment, key: str) -> bool:
     """Whether the report in place was made from just these inputs."""
     try:
-        summary = json.loads((experiment.destination / "summary.json").read_text())
-    except (OSError, ValueError):
+        text = (experiment.destination / "summary.json").read_text(encoding="utf-8")
+        return bool(json.loads(text).get("input_key") == key)
+    except (OSError, ValueError, AttributeError):
         return False
-    return bool(summary.get("input_key") == key)
 
 
 def without_told_seeds(experiment: Experiment) -> Experiment:
@@ -85,6 +86,20 @@ def without_told_seeds(experiment: Experiment) -> Experiment:
     tasks = tasks_of([experiment])
     left = [t.seed for t in tasks if t.folder.name not in told or is_finished(t.folder)]
     return replace(experiment, seeds=left or experiment.seeds)
+
+
+def check_keeps_seeds(experiment: Experiment) -> None:
+    """Refuses seeds that would leave some out of a sweep's report, which is replaced whole.
+
+    Raises:
+        ValueError: names the report and the seeds.
+    """
+    told = {run.seed for run in published_runs(experiment.destination).values()}
+    if "sweep" in experiment.parameters and (lost := sorted(told - set(experiment.seeds))):
+        raise ValueError(
+            f"--seeds: {shown(experiment.destination)} tells of seeds {lost} too, which would be "
+            f"lost: ask for at least {max(told) + 1}, or delete it to begin anew"
+        )
 
 
 def execute(experiment: Experiment, key: str, console: TextIO = sys.stdout) -> None:
@@ -119,8 +134,8 @@ def _execute(experiment: Experiment, key: str, console: TextIO, scratch: Path) -
     scratch.mkdir()
     with open(log_path(experiment), "w", encoding="utf-8") as log:
         papermill.execute_notebook(
-            _papermill_path(experiment.source),
-            _papermill_path(scratch / "executed.ipynb"),
+            papermill_path(experiment.source),
+            papermill_path(scratch / "executed.ipynb"),
             experiment.parameters
             | {
                 "experiment": experiment.name,
@@ -175,11 +190,6 @@ class _Tee:
         self.log.flush()
 
 
-def _papermill_path(path: Path) -> str:
-    # papermill fills braces in a path with parameters
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
     """Adds the key to the summary and the answer to the notebook; takes times out of it."""
     path = scratch / "summary.json"
@@ -187,8 +197,8 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
         raise RuntimeError(f"{scratch.relative_to(ROOT)}: the notebook wrote no summary.json")
     if experiment.preset not in FRESH:
         keep_other_seeds(scratch, experiment.destination)
-    summary = json.loads(path.read_text()) | {"input_key": key}
-    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    summary = json.loads(path.read_text(encoding="utf-8")) | {"input_key": key}
+    write_json(path, summary)
     executed = scratch / "executed.ipynb"
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("papermill", None)
@@ -202,11 +212,16 @@ def _complete(scratch: Path, experiment: Experiment, key: str) -> None:
 
 
 def take_back_report(experiment: Experiment) -> None:
-    """Puts the old report back if its replacement was killed between the two renames."""
+    """Puts the old report back if its replacement was killed between the two renames.
+
+    If it was killed after them, what was left of the old one goes.
+    """
     old = beside(experiment.destination, "old")
     if old.exists():
         with suppress(Timeout), _lock(experiment):  # another process may be between them just now
-            if not experiment.destination.exists():
+            if experiment.destination.exists():
+                shutil.rmtree(old)
+            else:
                 os.replace(old, experiment.destination)
 
 

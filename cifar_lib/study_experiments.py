@@ -77,9 +77,14 @@ class Experiment:
         return self.minutes_per_seed * max(1, len(self.runs))
 
 
+def papermill_path(path: Path) -> str:
+    """A path as papermill takes it, which fills braces in one with parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
     """The names and defaults in a notebook's `parameters` cell, as papermill reads them."""
-    found: dict[str, Any] = papermill.inspect_notebook(str(notebook))
+    found: dict[str, Any] = papermill.inspect_notebook(papermill_path(notebook))
     return found
 
 

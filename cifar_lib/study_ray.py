@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from typing import Any
 
@@ -39,6 +40,7 @@ class RayEngine:
         }
         if address is None:  # runs/ carries everything, so the object store stays small
             options |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
+        on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray sets one of its own, and leaves it
         for attempt in (1, 2, 3):
             try:
                 if address and address != "auto":  # Ray itself would try for minutes
@@ -52,6 +54,7 @@ class RayEngine:
                     what = f"no Ray cluster at {address!r}" if address else "Ray does not start"
                     reason = str(error).splitlines()[0]
                     raise ValueError(f"--engine ray: {what}: {reason}") from None
+        signal.signal(signal.SIGTERM, on_sigterm)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = min((m["CPU"] for m in machines if m.get("CPU")), default=0)
         if not cores:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_lib import distributed, results
-from cifar_lib.checkpoint import hold, remove_checkpoints
+from cifar_lib.checkpoint import has_state, hold, remove_checkpoints
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.execution import training_code_sha256
@@ -129,10 +129,10 @@ def finished_run(folder: Path, preset: str) -> results.Run | None:
 
 
 def find_folder(experiment: str, seed: int, fingerprint: str) -> Path:
-    """The folder of a run: where it is finished, below any experiment, else this experiment's."""
+    """The folder of a run: where it is finished or, if nowhere, begun, else this experiment's."""
     own = results.run_folder(ROOT / RUNS, experiment, seed, fingerprint)
     places = [own, *sorted((ROOT / RUNS).glob(f"*/{own.name}"))]
-    return next(filter(results.is_finished, places), own)
+    return [*filter(results.is_finished, places), *filter(has_state, places), own][0]
 
 
 def forget(folder: Path, *, keep_state: bool = False) -> None:

@@ -127,7 +127,7 @@ def check_runnable(config: TrainConfig) -> None:
 
 
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
-    """Makes one pass over the training images; waits for the device only at its end.
+    """Makes one pass over the training images; waits for the device at its end alone, but in fp16.
 
     Args:
         state: its model, optimiser and averaged weights move on; its `epoch` does not.

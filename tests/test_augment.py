@@ -318,3 +318,26 @@ def test_on_cuda_every_augmentation_runs_without_a_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "directly"),
+    [
+        (
+            {"translate": 4, "padding": "reflect"},
+            lambda x, g: augment.flip_and_translate(
+                x, torch.zeros(20, dtype=torch.bool), *augment.draw_shifts(20, 4, g), "reflect"
+            ),
+        ),
+        ({"rotate": 30.0}, lambda x, g: augment.random_affine(x, 30.0, 0.0, g)),
+        ({"affine": 0.3}, lambda x, g: augment.random_affine(x, 0.0, 0.3, g)),
+        (
+            {"randaugment_ops": 2, "randaugment_magnitude": 9},
+            lambda x, g: augment.rand_augment(x, 2, 9, g),
+        ),
+    ],
+)
+def test_each_field_reaches_its_augmentation(fields, directly) -> None:
+    batch, _ = augmented(TrainConfig(**NOTHING | fields), random_images(20))
+    grey = directly(random_images(20), generator())
+    assert torch.equal(batch, augment.normalize(grey, MEAN, STD, torch.float32, True))

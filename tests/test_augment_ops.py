@@ -141,7 +141,15 @@ def test_random_affine_draws_angle_scale_and_shear(monkeypatch: pytest.MonkeyPat
         assert low <= values.min() < low + spread / 100
         assert high - spread / 100 < values.max() <= high
         assert values.mean() == pytest.approx((low + high) / 2, abs=spread / 50)
-    assert abs(torch.stack(drawn).corrcoef()[0, 1]) < 0.06
+    assert (torch.stack(drawn).corrcoef() - torch.eye(3)).abs().max() < 0.06
+
+
+def test_color_jitter_draws_its_factors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    for name in ("brightness", "contrast", "saturation"):
+        monkeypatch.setattr(policy.ops, f"adjust_{name}", lambda x, f: drawn.append(f) or x)
+    policy.color_jitter(torch.zeros(4000, 3, 1, 1), 0.5, generator())
+    assert (torch.stack(drawn).corrcoef() - torch.eye(3)).abs().max() < 0.06
 
 
 def test_rand_augment_draws_operations_and_signs_for_each_image(

@@ -3,7 +3,7 @@
 import pytest
 from conftest import PARAMS
 
-from cifar_lib import study_runs
+from cifar_lib import index, study, study_runs
 from cifar_lib.config import ROOT
 
 SWEEP = str(ROOT / "params/02_speed/ablations.yaml")
@@ -17,6 +17,22 @@ def test_help_names_every_command(call):
     assert status == 0 and call() == (0, out, "")
     for command in COMMANDS:
         assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["study"], "stopped; the same command goes on"),
+        (["study", "--force"], "stopped; --force would begin anew: leave it out"),
+    ],
+)
+def test_who_is_stopped_is_told_how_to_go_on(call, monkeypatch, words, said):
+    def stopped(*_, **__):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("cifar_lib.study.study", stopped)
+    status, _, err = call(*words)
+    assert status == 143 and err.startswith(said) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,3 +130,27 @@ def test_data_download_asks_for_cifar10_itself(call, monkeypatch, tmp_path):
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
     status, _, err = call("data", "--download")
     assert status == 2 and str(tmp_path) in err and "CIFAR10_DOWNLOAD" in err
+
+
+def test_every_option_is_handed_on(call, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "runs", lambda *_, **given: asked.append(given["force"]) or [])
+    monkeypatch.setattr(
+        study, "study", lambda *given, **named: asked.append((*given, *named.values())) or []
+    )
+    monkeypatch.setattr(index, "write_preset_index", lambda _: tmp_path)
+    (tmp_path / "p.yaml").write_text("dataset: digits")
+    for words in ([], ["--force"]):
+        assert call("train", str(tmp_path / "p.yaml"), *words)[0] == 0
+    words = ["--preset", "own", "--only", "a/*", "--seeds", "2", "--force"]
+    assert call("study", *words, "--engine", "ray", "--jobs", "3", "--address", "auto")[0] == 0
+    assert asked == [False, True, ("own", "a/*", 2, True, "ray", 3, "auto")]
+
+
+def test_a_training_that_went_astray_is_status_1(call, tmp_path, monkeypatch):
+    def astray(*_, **__):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(study, "runs", astray)
+    (tmp_path / "p.yaml").write_text("dataset: digits")
+    assert call("train", str(tmp_path / "p.yaml")) == (1, "", "error: the loss is not finite\n")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import signal
 import socket
 import sys
 import threading
@@ -195,6 +196,7 @@ def run_study(**options) -> tuple[list[str], str]:
 def test_a_study_trains_its_sweeps_beforehand_and_each_run_once(swept):
     failed, said = run_study(only="*/good")
     assert failed == [] and said.count(": done\n") == 5 and "swept/good: done in" in said
+    assert "swept/good: running, about 1 min left" in said  # of five, four are trained already
     assert "good/other: seed 1 epoch 1/1" in said
     failed, said = run_study(only="*/good")
     assert "swept/good: up to date" in said and "epoch 1/1" not in said
@@ -335,7 +337,10 @@ def test_ray_trains_what_is_missing_and_says_why_a_run_failed(
 @pytest.mark.long  # on a busy machine Ray may not start within the time it allows itself
 def test_ray_starts_on_this_machine(tmp_path, digits, tiny):
     task = make_task(tmp_path, digits, tiny(epochs=1))
-    assert train_tasks([task], RayEngine(jobs=1), print) == {}
+    before = signal.getsignal(signal.SIGTERM)
+    engine = RayEngine(jobs=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert train_tasks([task], engine, print) == {}
     assert missing([task]) == []
 
 
@@ -394,3 +399,37 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny, monkeypatch
             logged = sorted({*logged, after}, key=int) if after not in logged else logged
         assert logged == expected
         assert results.load_run(task.folder).metrics["epoch"].tolist() == list(map(int, expected))
+
+
+def test_processes_share_the_threads_that_one_run_would_have(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(study_engine.torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(LocalEngine, "_start_process", lambda self: None)
+    assert [LocalEngine(jobs).threads for jobs in (1, 3, 9)] == [8, 2, 1]
+    given = []
+    monkeypatch.setattr(study_engine.torch, "set_num_threads", given.append)
+    train_task(Task("e", "full", tiny(), 0, tmp_path / "0-f"), 5)
+    assert given == [5]
+
+
+def test_ray_gives_each_run_its_share(tmp_path, tiny, monkeypatch):
+    asked, resources = [], {"CPU": 8.0, "GPU": 2.0}
+    sent = SimpleNamespace(remote=lambda task, threads: asked.append(threads))
+    remote = SimpleNamespace(options=lambda **given: asked.append(given) or sent)
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        cluster_resources=lambda: resources,
+        nodes=lambda: [{"Alive": True, "Resources": resources}],
+        remote=lambda **given: asked.append(given) or (lambda _: remote),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    engine = RayEngine(jobs=4)
+    assert (engine.cpus, engine.gpus, engine.room) == (2, 0.5, 10)
+    for device in ("auto", "cpu"):
+        engine.start(Task("e", "full", tiny(device=device), 0, tmp_path))
+    assert asked == [
+        {"max_retries": study_engine.RETRIES},
+        {"num_cpus": 2, "num_gpus": 0.5, "name": "e"},
+        2,
+        {"num_cpus": 2, "num_gpus": 0, "name": "e"},
+        2,
+    ]

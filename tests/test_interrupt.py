@@ -183,6 +183,20 @@ def test_a_killed_study_leaves_no_kernel(clone):
     assert psutil.wait_procs(kernels, timeout=60)[1] == []
 
 
+def test_a_killed_study_leaves_no_worker(clone):
+    process = clone.start("study", "--jobs", "2")
+    follow(process, "epoch 1/")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 1
+    process.kill()
+    try:
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+    finally:
+        for worker in filter(psutil.Process.is_running, workers):
+            worker.kill()
+        process.communicate()
+
+
 @pytest.mark.long
 def test_a_kernel_that_is_interrupted_lives_on_with_the_state_kept(clone):
     code = textwrap.dedent(

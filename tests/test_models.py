@@ -152,7 +152,7 @@ def test_block_adds_its_shortcut() -> None:
     assert torch.equal(block(x), ZeroPadShortcut(4, 2)(x).relu())
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "vgg11", "vgg16", "vgg19"])
+@pytest.mark.parametrize("name", ["small_cnn", "vgg11", "vgg16", "vgg19", "speed_net"])
 def test_dropout_acts_in_training_only(name: str) -> None:
     model, x = build(name, dropout=0.5, width=0.25), images(4)
     assert not torch.equal(model(x), model(x))

@@ -336,6 +336,7 @@ def test_corruption_curves_draw_means_over_seeds_and_their_range() -> None:
     curves = [line for line in many.axes[0].lines if len(line.get_xdata()) == 6]
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 9
     one = corruptions().query("seed == 0").drop(columns="seed")
+    assert curves[-1].get_color() == "black"  # the report's own, drawn last and so on top
     line = plots_evaluation.corruption_curves({"a": one}).axes[0].lines[0]
     np.testing.assert_allclose(line.get_ydata(orig=False), 0.95 - np.arange(6) / 50)
 

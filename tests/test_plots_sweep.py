@@ -36,6 +36,12 @@ def history(panels=("vgg11", "vgg16")) -> pd.DataFrame:
     )
 
 
+def test_where_each_variant_has_one_run_no_mean_is_drawn_or_promised() -> None:
+    (ax, *_) = plots_sweep.run_points(points().drop_duplicates(["group", "variant"])).axes
+    assert len(ax.lines) == len(ax.get_yticklabels())
+    assert "mean" not in ax.figure.axes[-1].get_xlabel()
+
+
 def test_every_run_the_mean_and_its_interval_are_drawn() -> None:
     figure = plots_sweep.run_points(points(), caption_text=NOTE)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["optimizer", "schedule"]

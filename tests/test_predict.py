@@ -299,3 +299,11 @@ def test_the_shipped_model_is_whole_small_and_described():
     assert (run.path / WEIGHTS).stat().st_size <= MAX_BYTES
     assert (run.path / CARD).read_text() == model_card(run)
     assert predictor(run)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+
+
+def test_predict_answers_with_the_runs_views(call, tmp_path, run, half_red):
+    half_red.save(tmp_path / "a.png")
+    _, out, _ = call("predict", str(run.path), str(tmp_path / "a.png"), "--format", "json")
+    (row,) = json.loads(out)["predictions"]
+    best = predictor(run, tta=True)(read_image(tmp_path / "a.png")[None]).softmax(1).max()
+    assert row["probability_1"] == pytest.approx(best.item(), abs=1e-4)

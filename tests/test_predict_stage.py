@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 
 import pandas as pd
 import pytest
 
+from cifar_lib.evaluate_calibration import fit_temperature
+from cifar_lib.predict import predictor
 from cifar_lib.predict_stage import (
     calibration_table,
     calibration_verdict,
@@ -105,3 +108,23 @@ def test_weights_that_answer_otherwise_are_seen(runs, digits):
     ]
     checks = stage_checks(runs, [0, 1, 2], digits, calibration, corruptions[:-1])
     assert not checks["one finished run a seed"] and not checks["every corruption of every run"]
+
+
+def test_the_temperature_is_fitted_on_validation(runs, digits):
+    fitted = [fit_temperature(predictor(r)(digits.val.images), digits.val.labels) for r in runs]
+    table = calibration_table(runs, digits)
+    assert table.temperature[1::2].tolist() == pytest.approx(fitted)
+
+
+def test_runs_that_learnt_nothing_are_seen(runs, digits):
+    bad = []
+    for run in runs:
+        result = run.summary["result"] | {"test_accuracy": 0.11}
+        metrics = run.metrics.assign(train_loss=[1.0, math.inf, 2.0])
+        summary = run.summary | {"result": result}
+        bad.append(dataclasses.replace(run, metrics=metrics, summary=summary))
+    corruptions = corruption_table(runs, digits.test, 50)
+    checks = stage_checks(bad, [0, 1], digits, calibration_table(runs, digits), corruptions)
+    assert [name for name, holds in checks.items() if not holds] == [
+        "every loss is finite", "training loss falls in every run", "better than chance",
+    ]  # fmt: skip

@@ -1,17 +1,29 @@
 """Published runs: what a report tells of each seed, and how its seeds come together."""
 
+import io
+import json
 import shutil
 
 import pandas as pd
 import pytest
 
-from cifar_lib import reports, reports_runs, results, study_execute, study_experiments, study_runs
+from cifar_lib import (
+    reports,
+    reports_runs,
+    results,
+    study,
+    study_execute,
+    study_experiments,
+    study_runs,
+)
 from cifar_lib.predict_stage import calibration_table, prediction_table
 from cifar_lib.reports import Report
 from cifar_lib.reports_runs import keep_other_seeds, published_runs
 from cifar_lib.study_execute import without_told_seeds
 from cifar_lib.study_experiments import Experiment
 from cifar_lib.study_runs import runs
+
+FOUND = {"answer": ["as found"]}
 
 
 @pytest.fixture
@@ -20,7 +32,7 @@ def publish(tmp_path, monkeypatch, digits, tiny):
     for room in (study_runs, study_execute, study_experiments, reports, reports_runs):
         monkeypatch.setattr(room, "ROOT", tmp_path)
 
-    def publish(folder: str, seeds: list[int], **changes) -> dict:
+    def publish(folder: str, seeds: list[int], said: dict = FOUND, **changes) -> dict:
         config = tiny(epochs=1, **changes)
         finished = runs(config, seeds, experiment="e", splits=digits)
         report = Report(folder, "03_x", "e", "full", "Q?")
@@ -28,7 +40,7 @@ def publish(tmp_path, monkeypatch, digits, tiny):
         report.table("calibration", calibration_table(finished, digits))
         report.table("per_class", pd.DataFrame({"class_name": ["a"], "recall": [0.5]}))
         reported = {"accuracy": 0.9, "by": "D", "on": "test"}
-        return report.finish(config, finished, reported=reported, answer=["as found"])
+        return report.finish(config, finished, reported=reported, **said)
 
     return publish
 
@@ -53,6 +65,15 @@ def test_seeds_of_two_executions_make_one_report(tmp_path, publish):
         order = ["seed"] if "seed" in joined else []
         joined = joined.sort_values(order, kind="stable", ignore_index=True) if order else joined
         pd.testing.assert_frame_equal(joined[at_once.columns], at_once)
+
+
+def test_what_a_notebook_adds_of_its_own_stays_and_an_answer_it_may_lack(tmp_path, publish):
+    publish("old", [0])
+    publish("new", [1], {"mine": 1})
+    keep_other_seeds(tmp_path / "new", tmp_path / "old")
+    (summary,) = reports.read_summaries("new")
+    assert summary["mine"] == 1 and summary["test_accuracy"]["n"] == 2
+    assert [line[:8] for line in summary["answer"]] == ["seeds 0 "]
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.003}, None])
@@ -91,3 +112,36 @@ def test_a_broken_report_tells_of_no_run_and_is_named(tmp_path, publish, caplog,
     assert published_runs().keys() == whole.keys()
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1 and str(beside) in warnings[0]
+
+
+def test_of_a_seed_that_both_tell_the_new_figures_count(tmp_path, publish):
+    publish("old", [0, 1])
+    path = tmp_path / "old/summary.json"
+    old = json.loads(path.read_text())
+    old["runs"][1]["test_accuracy"] = 0.0
+    path.write_text(json.dumps(old))
+    new = publish("new", [1])["runs"]
+    keep_other_seeds(tmp_path / "new", tmp_path / "old")
+    assert json.loads((tmp_path / "new/summary.json").read_text())["runs"][1:] == new
+
+
+@pytest.mark.parametrize(
+    ("options", "to_train", "to_execute"),
+    [({}, [], [1]), ({"jobs": 2}, [1], [1]), ({"force": True}, [0, 1], [0, 1])],
+)
+def test_told_seeds_are_neither_trained_nor_executed_unless_forced(
+    tmp_path, publish, tiny, monkeypatch, options, to_train, to_execute
+):
+    publish("reports/full/03_x/e", [0])
+    shutil.rmtree(tmp_path / "runs")
+    fields = tiny(epochs=1).model_dump(exclude_defaults=True)
+    asked, trained, executed = Experiment("full", "03_x", "e", fields, seeds=[0, 1]), [], []
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "load_preset", lambda *_: [asked])
+    monkeypatch.setattr(study, "LocalEngine", lambda jobs: None)
+    monkeypatch.setattr(
+        study, "train_tasks", lambda tasks, *_: trained.extend(t.seed for t in tasks) or {}
+    )
+    monkeypatch.setattr(study, "execute", lambda e, *_: executed.extend(e.seeds))
+    study.study("full", console=io.StringIO(), **options)
+    assert (trained, executed) == (to_train, to_execute)

@@ -87,9 +87,11 @@ def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path,
     assert stage_tables("reports/x", "t", data, but="04/own") == {}
     for notebook, name, val in (
         ("01", "weak", 0.5), ("01", "strong", 0.7), ("01", "without", 0.9),
+        ("01", "transfer", 0.8),
         ("02", "retrained", None), ("03", "other", 0.6), ("04", "own", 0.8), ("04", "sibling", 0.3),
     ):  # fmt: skip
         result = run.summary["result"] | {"val_accuracy": val}
+        weights = "imagenet" if name == "transfer" else None
         dataset = run.summary["dataset"] | ({"sha256": "0"} if name == "other" else {})
         changed = dataclasses.replace(
             run, summary=run.summary | {"result": result, "dataset": dataset}
@@ -97,10 +99,10 @@ def test_each_other_stage_hands_over_the_table_of_its_best_report(run, tmp_path,
         report = Report(f"reports/x/{notebook}/{name}", notebook, name, "x", "What?")
         if name != "without":
             report.table("t", pd.DataFrame({"val": [val]}))
-        report.finish(run.config, [changed])
+        report.finish(run.config.model_copy(update={"weights": weights}), [changed])
     found = stage_tables("reports/x", "t", data, but="04/own")
     # Nothing tells whether one that held no images out is better than another: all stand.
-    assert list(found) == ["01/strong", "02/retrained", "04/sibling"]
+    assert list(found) == ["01/strong", "01/transfer", "02/retrained", "04/sibling"]
     assert found["01/strong"]["val"].tolist() == [0.7]
 
 
@@ -152,3 +154,14 @@ def test_the_interval_table_says_n_mean_interval_and_what_was_reported(run):
     assert list(frame.loc["test_accuracy"]) == [2, 0, accuracy, accuracy, accuracy]
     assert frame.loc["reported by study A on original", "mean"] == 80.0
     assert "test_accuracy_tta" not in frame.index
+
+
+def test_the_spread_is_that_of_a_sample(run):
+    two = [
+        dataclasses.replace(
+            run, summary=run.summary | {"result": run.summary["result"] | {"test_accuracy": a}}
+        )
+        for a in (0.5, 0.7)
+    ]
+    frame = reports.interval_frame(Report("", "01", "x", "x", "?").finish(run.config, two))
+    assert frame.loc["test_accuracy", "sd"] == 14.14

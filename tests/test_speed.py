@@ -9,7 +9,7 @@ from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.execution import choose_execution
 from cifar_lib.fast import DenseConv2d
 from cifar_lib.models import build_model, flops_per_image
-from cifar_lib.models.speed_net import SpeedNet
+from cifar_lib.models.speed_net import Block, SpeedNet
 from cifar_lib.optim_muon import Muon, orthogonalize
 from cifar_lib.train import _order, train_epoch
 from cifar_lib.train_state import TrainState
@@ -160,3 +160,15 @@ def test_fewer_kept_images_than_a_batch_are_a_smaller_batch(tiny, digits) -> Non
     # The weights hardly move: a mean over the images is about what it was, not a third of it.
     loss = train_epoch(state, choose_execution(config))["train_loss"]
     assert loss == pytest.approx(first["train_loss"], rel=0.2)
+
+
+def test_the_logits_are_scaled() -> None:
+    model, before = SpeedNet(width=0.1), []
+    model.fc.register_forward_hook(lambda module, x, y: before.append(y))
+    torch.testing.assert_close(9 * model(torch.randn(2, 3, 32, 32)), before[0])
+
+
+def test_a_deep_block_has_its_skip() -> None:
+    block, x = Block(4, 6, 3).eval(), torch.randn(2, 4, 8, 8)
+    nn.init.zeros_(block.rest[-1][0].weight)  # silences all but the skip
+    torch.testing.assert_close(block(x), block.gelu(block.gelu(block.first(x))))

@@ -132,6 +132,7 @@ def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
     assert table["against"].fillna("").tolist() == ["", "a", "", "b"]
     assert table.loc[["a2", "b2"], "worth"].tolist() == pytest.approx([0.2, 0.2])
     assert table.loc["a2", "method"] == "paired by seed"
+    assert table.loc["a2", "sd"] == pytest.approx(0.1 / math.sqrt(2))
     assert table.loc["a2", "verdict"] == "two runs on a side: too few for a verdict"
     assert table["worth_n"].tolist() == [pd.NA, 2, pd.NA, 1]
     assert table.loc["b2", "verdict"] == "one run on a side: no interval"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -22,7 +23,7 @@ from cifar_lib import (
 from cifar_lib import train as train_module
 from cifar_lib.config import ROOT, read_yaml
 from cifar_lib.data import load_dataset
-from cifar_lib.study_experiments import load_preset
+from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_sweep import read_sweep
 
 PARAMETERS = """\
@@ -134,6 +135,8 @@ def test_what_is_up_to_date_is_left_and_what_changed_is_run(checkout):
     assert "toy/one: done in" in run_study("toy/one")[1]
     assert json.loads((place / "summary.json").read_text())["epochs"] == 2
     assert not list(place.parent.glob(".*"))
+    (place / "summary.json").write_text("null")
+    assert "toy/one: done in" in run_study("toy/one")[1]
 
 
 def test_a_report_whose_replacement_was_killed_half_way_is_taken_back(checkout):
@@ -142,6 +145,37 @@ def test_a_report_whose_replacement_was_killed_half_way_is_taken_back(checkout):
     place.rename(place.with_name(".one.old"))
     assert "toy/one: up to date" in run_study("toy/one")[1]
     assert (place / "summary.json").is_file() and not list(place.parent.glob(".*"))
+    shutil.copytree(place, place.with_name(".one.old"))  # of a kill after it was replaced
+    run_study("toy/one")
+    assert (place / "summary.json").is_file() and not list(place.parent.glob(".*"))
+
+
+def test_seeds_that_would_leave_some_out_of_a_sweeps_report_are_refused():
+    with pytest.raises(ValueError, match=r"tells of seeds \[1, 2\] too.*at least 3") as caught:
+        study.study("full", "07_choices/vgg16", n_seeds=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_begun_for_one_experiment_goes_on_for_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_runs, "ROOT", tmp_path)
+    own, begun, done = (tmp_path / "runs" / name / "0-abc" for name in ("a", "b", "c"))
+    assert study_runs.find_folder("a", 0, "abc") == own
+    begun.mkdir(parents=True)
+    (begun / "previous.pt").touch()
+    assert study_runs.find_folder("a", 0, "abc") == begun
+    done.mkdir(parents=True)
+    for name in ("config.yaml", "metrics.csv", "best.safetensors", "logits.safetensors"):
+        (done / name).touch()
+    assert study_runs.find_folder("a", 0, "abc") == begun
+    (done / "summary.json").touch()
+    assert study_runs.find_folder("a", 0, "abc") == done
+
+
+def test_a_path_with_braces_is_a_path(tmp_path):
+    place = tmp_path / "한글 {x} [y]"
+    place.mkdir()
+    shutil.copy(ROOT / "notebooks/01_baseline.ipynb", place)
+    assert "epochs" in study_experiments.notebook_parameters(place / "01_baseline.ipynb")
 
 
 def test_a_failure_does_not_stop_the_others_nor_lose_the_last_report(checkout):
@@ -348,3 +382,44 @@ def test_forcing_a_study_forgets_its_own_runs_alone(checkout, monkeypatch):
     left = sorted(path.parent.name for path in (checkout / "runs/one").glob("*/summary.json"))
     assert left == sorted(kept)
     assert not (checkout / "runs/one" / ("0-" + mine) / "last.pt").exists()
+
+
+def test_the_key_follows_the_data(checkout, monkeypatch):
+    (experiment,) = load_preset("quick", "toy/one")
+    first = study_execute.input_key(experiment)
+    other = SimpleNamespace(info=SimpleNamespace(sha256="other"))
+    monkeypatch.setattr(study_execute, "load_dataset", lambda *_: (other, None))
+    assert study_execute.input_key(experiment) != first
+
+
+def test_the_key_of_a_sweep_follows_its_base(checkout):
+    base, text = checkout / "params/toy/base.yaml", "dataset: digits\nwidth: 0.125\n"
+    base.write_text(text)
+    sweep = "question: Q?\nbase: base.yaml\nvariants: {a: }\n"
+    (checkout / "params/toy/s.yaml").write_text(sweep)
+    swept = Experiment("full", "toy", "s", {"sweep": "params/toy/s.yaml"}, [])
+    first = study_execute.input_key(swept)
+    base.write_text(text + "epochs: 3\n")
+    assert study_execute.input_key(swept) != first
+
+
+def test_the_key_of_a_comparison_follows_all_reports_but_its_own(checkout):
+    reads = Experiment("full", "toy", "reads", {"reports_dir": "reports/full"})
+    keys = []
+    for name in ("reads", "one", "two"):
+        (checkout / "reports/full/toy" / name).mkdir(parents=True)
+        (checkout / "reports/full/toy" / name / "summary.json").write_text("{}")
+        keys.append(study_execute.input_key(reads))
+    (checkout / "reports/full/toy/reads/summary.json").write_text("made from the others")
+    assert len(set(keys)) == 3 and study_execute.input_key(reads) == keys[-1]
+
+
+def test_other_seeds_are_kept_but_where_todays_code_counts(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(study_execute, "keep_other_seeds", lambda *both: asked.append(both))
+    empty = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+    for preset in ("full", "quick", "smoke"):
+        (tmp_path / "executed.ipynb").write_text(empty)
+        study_execute._complete(tmp_path, Experiment(preset, "toy", "one", {}), "key")
+    assert asked == [(tmp_path, Experiment("full", "toy", "one", {}).destination)]

@@ -10,10 +10,8 @@ from torch import nn
 
 from cifar_lib import checkpoint, execution, results, study_runs, train_state
 from cifar_lib import train as train_module
-from cifar_lib.augment import normalize
 from cifar_lib.data import Splits
 from cifar_lib.execution import Execution, choose_execution
-from cifar_lib.models import build_model
 from cifar_lib.predict_stage import evaluate_run
 from cifar_lib.train import check_runnable, train
 
@@ -95,42 +93,6 @@ def test_a_stop_between_the_state_and_what_goes_with_it_loses_neither(
     resumed = train(config, 0, digits, tmp_path / "cut")
     assert same_weights(whole, resumed)
     pd.testing.assert_frame_equal(history(whole), history(resumed), check_exact=True)
-
-
-def test_an_epoch_is_that_of_a_plain_loop(digits, tiny):
-    """Smoothed loss, the schedule's rate at each step and averaged weights, all written out."""
-    config = tiny(
-        epochs=4, batch_size=200, translate=0, dropout=0.0, label_smoothing=0.2, momentum=0.8,
-        weight_decay=0.01, schedule="warmup_cosine", warmup_epochs=2.0, ema_decay=0.7,
-    )  # fmt: skip
-    assert len(digits.train) == config.batch_size  # so each epoch is one step, in any order
-    here = choose_execution(config)
-    state = train_state.TrainState.start(config, 0, digits, here)
-    model = build_model(config, 10)
-    model.load_state_dict(state.model.state_dict())
-    model.train()
-    settings = {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}
-    optimizer = torch.optim.SGD(model.parameters(), **settings)
-    images = normalize(
-        digits.train.images, *digits.train.statistics, torch.float32, channels_last=True
-    )
-    averages: dict[str, torch.Tensor] = {}
-    for epoch, factor in enumerate((0.5, 1.0, 1.0, 0.5)):  # the cosine is half-way at the last
-        train_module.train_epoch(state, here)
-        state.epoch = epoch + 1
-        optimizer.param_groups[0]["lr"] = factor * config.learning_rate
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images), digits.train.labels, label_smoothing=0.2)
-        loss.backward()
-        optimizer.step()
-        for name, value in model.named_parameters():
-            before = averages.get(name, value.detach())
-            averages[name] = 0.7 * before + 0.3 * value.detach()
-    after = dict(state.model.named_parameters())
-    averaged = dict(state.evaluated_model.named_parameters())
-    for name, value in model.named_parameters():
-        torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(averaged[name], averages[name], rtol=1e-3, atol=1e-5)
 
 
 def test_seeds_differ_and_repeat(tmp_path, digits, tiny):
