@@ -84,7 +84,9 @@ class TrainConfig(BaseModel):
     backbone_rate: Float = Field(
         1.0, ge=0, le=1, description="factor on learning_rate before the last layer; 0 freezes"
     )
-    head_rate: Float = Field(1.0, gt=0, le=1e4, description="the same of the last layer")
+    head_rate: Float = Field(
+        1.0, gt=0, le=1e4, description="factor on learning_rate of the last layer"
+    )
     norm_and_bias_rate: Float = Field(
         1.0, gt=0, le=1e4, description="factor on learning_rate of norms and biases"
     )
@@ -132,7 +134,7 @@ class TrainConfig(BaseModel):
     schedule: Literal["constant", "step", "exponential", "cosine", "warmup_cosine", "linear"] = (
         Field("constant", description="learning-rate schedule, evaluated every step")
     )
-    warmup_epochs: Float = Field(0.0, ge=0, description="of warmup_cosine and linear, epochs")
+    warmup_epochs: Float = Field(0.0, ge=0, description="warm-up (warmup_cosine, linear), epochs")
     step_epochs: int = Field(10, ge=1, description="epochs between the steps of schedule step")
     gamma: Float = Field(0.1, gt=0, le=1, description="factor of step and (an epoch) exponential")
     low_resolution: int = Field(

@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets one learning rate for all parameter groups, times a group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_factor", 1.0)
+        group["lr"] = rate * group["rate_factor"]
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -55,8 +55,10 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         factor *= config.norm_and_bias_rate if p.ndim < 2 else 1.0
         decay = config.weight_decay if p.ndim > 1 or config.decay_norm_and_bias else 0.0
         found.setdefault((factor, decay, by_muon and p.ndim == 4), []).append(p)
-    names = ("rate_factor", "weight_decay", "filters")
-    return [{"params": group} | dict(zip(names, key, strict=True)) for key, group in found.items()]
+    return [
+        {"params": group, "rate_factor": factor, "weight_decay": decay, "filters": filters}
+        for (factor, decay, filters), group in found.items()
+    ]
 
 
 def build_schedule(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:

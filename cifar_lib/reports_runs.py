@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
-from cifar_lib.files import write_json
 from cifar_lib.reports import OF_A_RUN, Report, machines_line, summary_paths
 from cifar_lib.results import Run
 
@@ -68,6 +67,7 @@ def keep_other_seeds(new: Path, old: Path) -> None:
     summary = json.loads((new / "summary.json").read_text(encoding="utf-8"))
     head = ("notebook", "experiment", "preset", "question")
     report = Report(str(new), *map(summary.get, head))
+    report.head = summary  # so that what the notebook adds of its own stays
     for path in filter(lambda path: (old / path.name).is_file(), new.glob("*.csv")):
         frame, earlier = pd.read_csv(path), pd.read_csv(old / path.name)
         if "seed" in frame:
@@ -78,5 +78,4 @@ def keep_other_seeds(new: Path, old: Path) -> None:
     note = f"seeds {kept} are kept from an earlier execution; the notebook shows the others"
     runs = [run for _, run in sorted((told | here).items())]
     answer = [note, *machines_line(runs), *summary.get("answer", [])]
-    of_all = report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)
-    write_json(new / "summary.json", summary | of_all)  # with what the notebook adds of its own
+    report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)

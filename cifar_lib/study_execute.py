@@ -94,8 +94,10 @@ def check_keeps_seeds(experiment: Experiment) -> None:
     Raises:
         ValueError: names the report and the seeds.
     """
+    if "sweep" not in experiment.parameters:
+        return  # a stage's report keeps them
     told = {run.seed for run in published_runs(experiment.destination).values()}
-    if "sweep" in experiment.parameters and (lost := sorted(told - set(experiment.seeds))):
+    if lost := sorted(told - set(experiment.seeds)):
         raise ValueError(
             f"--seeds: {shown(experiment.destination)} tells of seeds {lost} too, which would be "
             f"lost: ask for at least {max(told) + 1}, or delete it to begin anew"

@@ -54,7 +54,8 @@ class RayEngine:
                     what = f"no Ray cluster at {address!r}" if address else "Ray does not start"
                     reason = str(error).splitlines()[0]
                     raise ValueError(f"--engine ray: {what}: {reason}") from None
-        signal.signal(signal.SIGTERM, on_sigterm)
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = min((m["CPU"] for m in machines if m.get("CPU")), default=0)
         if not cores:

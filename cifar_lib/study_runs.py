@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def find_folder(experiment: str, seed: int, fingerprint: str) -> Path:
     """The folder of a run: where it is finished or, if nowhere, begun, else this experiment's."""
     own = results.run_folder(ROOT / RUNS, experiment, seed, fingerprint)
     places = [own, *sorted((ROOT / RUNS).glob(f"*/{own.name}"))]
-    return [*filter(results.is_finished, places), *filter(has_state, places), own][0]
+    return next(chain(filter(results.is_finished, places), filter(has_state, places)), own)
 
 
 def forget(folder: Path, *, keep_state: bool = False) -> None:

@@ -156,6 +156,10 @@ def test_weight_decay_keeps_off_norms_and_biases_if_asked():
     assert [p.ndim for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
     assert [p.ndim for p in spared["params"]] == [1, 1, 1, 1] and spared["weight_decay"] == 0
     assert len(build_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups) == 1
+    muon = config.model_copy(update={"optimizer": "muon"})
+    filters, spared, head = build_optimizer(model, muon).param_groups
+    assert [filters["filters"], spared["filters"], head["filters"]] == [True, False, False]
+    assert spared["weight_decay"] == 0 and head["weight_decay"] == 0.1
 
 
 @pytest.mark.parametrize("name", ["sgd", "muon"])

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from test_train import StopError, stop_after
 from torch import nn
 
-from cifar_lib import checkpoint, distributed, execution
+from cifar_lib import distributed, execution
 from cifar_lib import train as train_module
 from cifar_lib.augment import normalize
 from cifar_lib.data import load_splits
@@ -31,8 +32,7 @@ def test_an_epoch_is_that_of_a_plain_loop(digits, tiny):
         weight_decay=0.01, schedule="warmup_cosine", warmup_epochs=2.0, ema_decay=0.7,
     )  # fmt: skip
     assert len(digits.train) == config.batch_size  # so each epoch is one step, in any order
-    here = choose_execution(config)
-    state = TrainState.start(config, 0, digits, here)
+    state, here = start(config, digits)
     model = build_model(config, 10)
     model.load_state_dict(state.model.state_dict())
     model.train()
@@ -76,7 +76,8 @@ def test_averaged_weights_follow_every_step_by_their_decay(digits, tiny):
 
 
 def test_the_schedule_runs_over_the_whole_training(tmp_path, digits, tiny):
-    run = train(tiny(epochs=2, schedule="linear", learning_rate=0.08), 0, digits, tmp_path)
+    config = tiny(epochs=2, schedule="linear", learning_rate=0.08, backbone_rate=0.5, head_rate=3.0)
+    run = train(config, 0, digits, tmp_path)  # on record is the rate itself, no group's own
     assert run.metrics.learning_rate.tolist() == pytest.approx([0.05, 0.01])
 
 
@@ -153,19 +154,10 @@ def test_the_load_of_others_leaves_out_ones_own(monkeypatch):
 
 
 def test_the_worst_load_is_kept_over_a_resume(tmp_path, digits, tiny, monkeypatch):
-    class StopError(Exception):
-        pass
-
-    loads, save = iter([0.5, 0.1, 0.2]), checkpoint.save_checkpoint
+    loads = iter([0.5, 0.1, 0.2])
     monkeypatch.setattr(OtherLoad, "share", lambda *_: next(loads))
-
-    def save_then_stop(run_dir, state):
-        save(run_dir, state)
-        if state["epoch"] == 2:
-            raise StopError
-
     with monkeypatch.context() as there:
-        there.setattr(checkpoint, "save_checkpoint", save_then_stop)
+        stop_after(there, 2)
         with pytest.raises(StopError):
             train(tiny(), 0, digits, tmp_path)
     assert train(tiny(), 0, digits, tmp_path).summary["result"]["other_load"] == 0.5
