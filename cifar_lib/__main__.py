@@ -22,9 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunFolder = Annotated[
-    Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT, or: shipped.")
-]
+A_RUN = "A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT"
+OwnRun = Annotated[Path, typer.Argument(help=f"{A_RUN}.")]
+RunFolder = Annotated[Path, typer.Argument(help=f"{A_RUN}, or: shipped.")]
 Preset = Annotated[
     str, typer.Option(help="A preset in params/study.yaml: quick, full, imagenet or gpu.")
 ]
@@ -123,7 +123,7 @@ def evaluate(run: RunFolder) -> None:
 
 @app.command()
 def compare(
-    run: RunFolder,
+    run: OwnRun,
     report: Annotated[str, typer.Argument(help="A published stage, NOTEBOOK/EXPERIMENT.")],
 ) -> None:
     """Say whether a run beats a published report, image by image of the same test set."""
@@ -138,7 +138,7 @@ def compare(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder, runs/EXPERIMENT/SEED-FINGERPRINT.")],
+    run: OwnRun,
     to: Annotated[Path | None, typer.Option(help="Another folder than cifar_lib/shipped.")] = None,
 ) -> None:
     """Make a finished run the model that comes with the project: half precision, with its card."""
@@ -236,16 +236,15 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _print_result(result: dict[str, Any], where: str) -> None:
-    parts = [f"seed {result['seed']}"]
-    for key in ("val_accuracy", "test_accuracy", "test_accuracy_tta"):
-        if result.get(key) is not None:
-            parts.append(f"{key} {100 * result[key]:.2f} %")
-    parts.append(f"test_loss {result['test_loss']:.4f}")
-    typer.echo(f"{', '.join(parts)}  {where}")
+    known = [k for k in ("val_accuracy", "test_accuracy", "test_accuracy_tta") if k in result]
+    told = "".join(f"{k} {100 * result[k]:.2f} %, " for k in known if result[k] is not None)
+    typer.echo(f"seed {result['seed']}, {told}test_loss {result['test_loss']:.4f}  {where}")
 
 
 def main() -> None:
     """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal lacks letters for
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:

@@ -17,23 +17,6 @@ from cifar_lib.augment_ops import sample
 from cifar_lib.augment_policy import color_jitter, rand_augment, random_affine
 from cifar_lib.config import TrainConfig
 
-__all__ = [
-    "alternate_flips",
-    "augment_batch",
-    "color_jitter",
-    "cutout",
-    "draw_flips",
-    "draw_mix_weights",
-    "draw_shifts",
-    "flip_and_translate",
-    "mix",
-    "normalize",
-    "rand_augment",
-    "random_affine",
-    "random_erasing",
-    "resize",
-]
-
 
 def augment_batch(
     images: Tensor,

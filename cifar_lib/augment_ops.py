@@ -171,7 +171,7 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Spreads each channel's grey levels evenly over 0..255, by its histogram."""
     n, c, h, w = images.shape
-    pixels = images.view(n * c, h * w).long()
+    pixels = images.reshape(n * c, h * w).long()
     counts = torch.zeros(n * c * 256, dtype=torch.int64, device=images.device)
     # One-dimensional: the form for which CUDA has a deterministic scatter.
     bins = pixels + torch.arange(0, n * c * 256, 256, device=images.device)[:, None]

@@ -54,9 +54,9 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     pending = run_dir / "pending.pt"
-    write_atomic(pending, payload + hashlib.sha256(payload).digest())
+    write_atomic(pending, buffer.getbuffer())
     if (run_dir / LAST).exists():
         os.replace(run_dir / LAST, run_dir / PREVIOUS)
     os.replace(pending, run_dir / LAST)

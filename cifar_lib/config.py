@@ -49,7 +49,7 @@ class TrainConfig(BaseModel):
         "auto", description="data set; auto is cifar10 where it can be had, else digits"
     )
     data_dir: str | None = Field(
-        None, description="folder that holds CIFAR-10; null searches $CIFAR10_DIR"
+        None, min_length=1, description="folder that holds CIFAR-10; null searches $CIFAR10_DIR"
     )
     n_train: int | None = Field(
         None, ge=10, description="train on at most this many images, stratified; null is all"

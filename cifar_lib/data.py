@@ -215,19 +215,23 @@ def _name(source: Source, labels: Tensor, test_labels: Tensor) -> str:
 
 def _read_cached(source: Source) -> tuple[dict[str, Tensor], bool, str]:
     folder = ROOT / os.path.expanduser(os.environ.get("CIFAR_LIB_CACHE") or "data/cache")
-    path = folder / f"{source.sha256()}-{_CACHE_FORMAT}.safetensors"
-    if path.exists():
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in _TENSORS}
-            if _is_whole(tensors, metadata):  # takes 0.1 s
-                return tensors, metadata["lossy"] == "True", metadata["sha256"]
-            logger.info("%s is damaged: decoding again", path)
-        except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            logger.info("%s is damaged (%s): decoding again", path, error)
+    key = source.sha256()
+    path = folder / f"{key}-{_CACHE_FORMAT}.safetensors"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        if _is_whole(tensors, metadata):  # takes 0.1 s
+            return tensors, metadata["lossy"] == "True", metadata["sha256"]
+        logger.info("%s is damaged: decoding again", path)
+    except FileNotFoundError:
+        pass
+    except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        logger.info("%s is damaged (%s): decoding again", path, error)
     logger.info("decoding %s, once; kept in %s", source.folder, folder)
     tensors, lossy = read_source(source)
+    if source.sha256() != key:  # the cache would give what was read for what is there
+        raise ValueError(f"{source.folder}: changed while it was read; start again")
     sha256 = _hash_tensors(tensors)
     try:
         content = safetensors.torch.save(tensors, {"sha256": sha256, "lossy": str(lossy)})

@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import os
 import queue
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -138,8 +139,12 @@ def download_cifar10(folder: Path, limit_s: float | None = None) -> None:
                 part.unlink()  # wrong bytes must not be gone on from
                 raise
             part.unlink()
-    except (OSError, http.client.HTTPException, tarfile.TarError) as error:
-        raise DownloadError(f"{url} into {folder}: {' '.join(str(error).split())}") from None
+    except DownloadError:
+        raise
+    # ValueError: an address or a header that is none.
+    except (OSError, ValueError, http.client.HTTPException, tarfile.TarError) as error:
+        origin = archive if archive.is_file() else url
+        raise DownloadError(f"{origin} into {folder}: {' '.join(str(error).split())}") from None
 
 
 def fetch(url: str, part: Path, limit_s: float | None) -> None:
@@ -217,6 +222,8 @@ def _unpack(archive: Path, md5: str) -> None:
             f"delete it if it is still there and run `{DOWNLOAD_COMMAND}`"
         )
     # Unpacked aside and moved whole: an interrupted unpacking leaves nothing to be found.
+    for killed in archive.parent.glob(".unpack-*"):  # nobody else unpacks: the caller has the lock
+        shutil.rmtree(killed, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
         with tarfile.open(archive) as tar:
             # Python before 3.11.4 has no filters; what is unpacked was just seen to be whole.

@@ -7,6 +7,7 @@ never "not found": half a data set must not be replaced in silence.
 
 import hashlib
 import io
+import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ DOWNLOAD_COMMAND = "python -m cifar_lib data --download"
 
 _OFFICIAL_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _PICTURES = {".png", ".jpg", ".jpeg"}
+_UNREAD = {".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}  # refused, lest they be missed
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Source:
         digest = hashlib.sha256(self.layout.encode())
         for path in self.train + self.test:
             content = _read(path)
-            name = path.relative_to(self.folder).as_posix()
-            digest.update(f"\0{name}\0{len(content)}\0".encode())
+            name = os.fsencode(path.relative_to(self.folder).as_posix())
+            digest.update(b"\0%b\0%d\0" % (name, len(content)))
             digest.update(content)
         return digest.hexdigest()
 
@@ -162,6 +164,12 @@ def _find_pictures(folder: Path) -> Source:
                 f"pictures, got {dict(zip(names[part], map(len, found), strict=True))}"
             )
         files[part] = sum(found, ())
+        inside = sorted((folder / part).glob("[!.]*/[!.]*"))
+        if strange := [p for p in inside if p.is_dir() or p.suffix.lower() in _UNREAD]:
+            raise ValueError(
+                f"{strange[0]}: neither png nor jpg, as {len(strange)} in {folder / part}; "
+                "convert or move them"
+            )
     if names["train"] != names["test"]:
         odd = ", ".join(sorted(set(names["train"]) ^ set(names["test"])))
         raise ValueError(f"{folder}: classes in only one of train and test: {odd}; add them")
@@ -270,4 +278,5 @@ def _read(path: Path) -> bytes:
 
 def _files(folder: Path, pattern: str, suffixes: set[str]) -> tuple[Path, ...]:
     found = (path for path in folder.glob(pattern) if path.suffix.lower() in suffixes)
-    return tuple(sorted(path for path in found if path.is_file() and path.name[0] != "."))
+    # A link to nothing counts: reading it says so.
+    return tuple(sorted(p for p in found if p.name[0] != "." and (p.is_file() or p.is_symlink())))

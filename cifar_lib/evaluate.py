@@ -81,11 +81,8 @@ def _views(x: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
         padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
         shifts = [(0.5, x), (0.25, padded[..., 2:, 2:]), (0.25, padded[..., :-2, :-2])]
     for weight, view in shifts:
-        if tta == "none":
-            yield weight, view
-        else:
-            yield weight / 2, view
-            yield weight / 2, view.flip(-1)
+        sides = (view,) if tta == "none" else (view, view.flip(-1))
+        yield from ((weight / len(sides), side) for side in sides)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -55,7 +55,8 @@ def difference_interval(
         Student's interval of the paired differences at the seeds that both have, since a seed
         decides the initial weights and the order of the images of both; what one side has beyond
         them does not count. Where they share fewer than two, Welch's of the difference of the
-        means, unless each has that one alone. Where a side has one run there is no interval.
+        means. Where a side has one run there is no interval, and the difference is that at its
+        seed if the other has it.
 
     Raises:
         ValueError: a side has no values.
@@ -65,13 +66,13 @@ def difference_interval(
     if not values or not reference:
         raise ValueError("values, reference: got none; allowed is at least one run each")
     shared = values.keys() & reference.keys()
-    if len(shared) > 1 or values.keys() == reference.keys():
+    if len(shared) > 1 or (shared and 1 in (len(values), len(reference))):
         pairs = mean_interval([values[seed] - reference[seed] for seed in sorted(shared)], level)
         return Difference(pairs.mean, pairs.low, pairs.high, pairs.n, "paired by seed")
     a, b = (np.array(list(side.values())) for side in (values, reference))
     mean, n = float(a.mean() - b.mean()), min(len(a), len(b))
     if n == 1:
-        return Difference(mean, None, None, n, "Welch")
+        return Difference(mean, None, None, n, "means of different seeds")
     low = high = mean
     if a.std() or b.std():  # without any spread the interval is a point, and scipy's is NaN
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(level)

@@ -126,12 +126,9 @@ def _cpu_flags() -> set[str]:
 
 def _cpu_fact(key: str) -> str:
     path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    return ""
+    lines = path.read_text().splitlines() if path.exists() else []
+    facts = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in facts if name.strip() == key), "")
 
 
 def describe_hardware(execution: Execution) -> dict[str, Any]:
@@ -201,6 +198,7 @@ def git_commit() -> str | None:
             capture_output=True,
             text=True,
             check=True,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)},  # no other's commit
         ).stdout.strip()
 
     try:

@@ -12,8 +12,13 @@ from typing import Any
 
 from cifar_lib.config import ROOT
 
-_FREE, _ALLOW = "free some space and start again", "make it writable and start again"
-_REMEDIES = {errno.ENOSPC: _FREE, errno.EDQUOT: _FREE, errno.EROFS: _ALLOW, errno.EACCES: _ALLOW}
+_FREE = "free some space and start again"
+_REMEDIES = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EROFS: "make it writable and start again",
+    errno.EACCES: "allow access to it and start again",
+}
 
 
 def shown(path: Path) -> str:
@@ -61,7 +66,7 @@ def with_remedy(error: OSError, path: Path | None = None) -> OSError:
     return OSError(error.errno, f"{error.strerror}; {remedy}", str(where) if where else None)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part.
 
     Temporary file in the same folder, fsync, rename; the folder is synced too, so that the

@@ -122,8 +122,8 @@ def _as_of_now(line: str, summary: dict[str, Any], summaries: list[dict[str, Any
             now = summary["test_accuracy"]["mean"] - other["test_accuracy"]["mean"]
             if abs(100 * now - float(compared[2])) > 0.011:
                 return (
-                    f"against {compared[1]}: measured anew since; what this report shows of it, in "
-                    "charts too, is the former; its own report compares the two"
+                    f"against {compared[1]}: measured anew since; this report, in its charts too, "
+                    "shows the former one; that one's own report compares the two"
                 )
             if row_of(other)["weights"] and not row_of(summary)["weights"]:
                 return f"{line}; that one started from ImageNet's weights"
@@ -205,18 +205,18 @@ def write_preset_index(preset: str) -> Path:
     return folder / "README.md"
 
 
-def drifted_files() -> list[Path]:
-    """Files whose generated text differs from what the summaries give now."""
-    return [
-        path
+def drifted_files() -> dict[Path, str]:
+    """Files whose generated text differs from what the summaries give now, with that text."""
+    return {
+        path: text
         for path, text in generated_files().items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    }
 
 
 def write_generated() -> list[Path]:
     """Writes all generated text; returns the files that changed."""
-    texts, changed = generated_files(), drifted_files()
-    for path in changed:
-        write_atomic(path, texts[path].encode())
-    return changed
+    changed = drifted_files()
+    for path, text in changed.items():
+        write_atomic(path, text.encode())
+    return list(changed)

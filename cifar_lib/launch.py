@@ -58,12 +58,14 @@ def write_kernel_specification(prefix: Path) -> Path:
     Raises:
         ValueError: there is no such kernel.
     """
+    from cifar_lib.files import write_json  # not before the restart, which it would slow down
+
     path = prefix / "share/jupyter/kernels/python3/kernel.json"
     if not path.exists():
         raise ValueError(f"{path}: no such kernel; install ipykernel first")
     specification = json.loads(path.read_text(encoding="utf-8"))
     specification["env"] = specification.get("env", {}) | allocator_settings({})
-    path.write_text(json.dumps(specification, indent=1) + "\n", encoding="utf-8")
+    write_json(path, specification)
     return path
 
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import (
     PercentFormatter,
     StrMethodFormatter,
 )
+from scipy.special import expit, logit
 
 from cifar_lib.execution import UNITS, duration
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
@@ -40,9 +41,10 @@ def accuracy_vs_cost(
     """Draws accuracy against a cost (logarithmic), a labelled point with interval a row.
 
     Args:
-        frame: columns experiment, test_accuracy, low, high (0..1, may be missing), weights
-            (what it starts from, or None) and the cost; with train_seconds also machine, which
-            has its own marker, and shared_machine, whose points have a white centre.
+        frame: columns notebook, experiment, test_accuracy, low, high (0..1, may be missing),
+            weights (what it starts from, or None) and the cost; with train_seconds also machine,
+            which has its own marker, and shared_machine, whose points have a white centre. An
+            experiment's name that several notebooks have gets the notebook's number.
         cost: a key of `COSTS`.
         caption_text: see `caption`.
 
@@ -74,11 +76,13 @@ def accuracy_vs_cost(
     if len(names) > 1:
         figure.legend(handles, names, fontsize=9, frameon=False, ncols=2, loc="outside upper left")
     ax.set_xlim(x.min() / 2, x.max() * 2)  # room for the labels, and at least two ticks
-    ax.margins(y=0.15)
     note = "; white centre: at most, beside other work" if timed else ""
     # A logit scale, as a point more means more, the nearer it lies to 100 %.
     says = {"xlabel": f"{COSTS[cost]} (log scale{note})", "ylabel": "test accuracy (logit scale)"}
     ax.set(xscale="log", yscale="logit", **says)
+    drawn = logit(points[["test_accuracy", "low", "high"]].to_numpy(float))
+    ends = np.array([np.nanmin(drawn), np.nanmax(drawn)])
+    ax.set_ylim(*expit(ends + max(0.15 * np.ptp(ends), 0.1) * np.array([-1, 1])))
     if timed:
         shared = points["shared_machine"].astype(bool)
         ax.plot(x[shared], y[shared], "o", color="white", markersize=3.5, zorder=4)
@@ -150,7 +154,9 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     assert figure is not None
     figure.draw_without_rendering()  # the layout decides where there is room
     x, y = points[cost].to_numpy(), points["test_accuracy"].to_numpy()
-    told = zip(x, y, points["experiment"], strict=True)
+    short = points["experiment"]
+    long = points["notebook"].str[:2] + "/" + short
+    told = zip(x, y, short.where(~short.duplicated(keep=False), long), strict=True)
     names = [ax.text(left, top, name, fontsize=9) for left, top, name in told]
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
     room = {"expand": (1.3, 2.2), "force_text": (0.2, 0.5), "force_static": (0.6, 1.2)}

@@ -1,6 +1,7 @@
 """A run's model on pictures from outside: any size and mode, labelled or not."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -33,7 +34,8 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
     """Lists files, and the files in folders, each with its class where its folder names one.
 
     Args:
-        paths: files or folders; a folder is searched all the way down, hidden files left out.
+        paths: files or folders; a folder is searched all the way down, hidden files left out; a
+            file that is met twice counts once.
         class_names: of the model; a file is labelled by the nearest folder around it, inside the
             path that was given or that path itself, that has such a name, in capitals or not.
 
@@ -43,20 +45,31 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
     Raises:
         ValueError: a path does not exist, or there is no file at all.
     """
-    found: list[tuple[Path, str | None]] = []
+    found: dict[Path, tuple[Path, str | None]] = {}
     known = {name.casefold(): name for name in class_names}
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in inside:
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if (file.is_file() or file.is_symlink()) and not file.is_dir() and not hidden:
-                around = (f.name.casefold() for f in file.parents if f.is_relative_to(path))
-                found.append((file, next(filter(None, map(known.get, around)), None)))
+        root = Path(os.path.abspath(path))
+        for file in _files_below(path) if path.is_dir() else [path]:
+            place = Path(os.path.abspath(file))
+            around = (f.name.casefold() for f in place.parents if f.is_relative_to(root))
+            found.setdefault(place, (file, next(filter(None, map(known.get, around)), None)))
     if not found:
         raise ValueError(f"no file in {', '.join(map(str, paths))}")
-    return found
+    return list(found.values())
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files below a folder, behind links to folders too (each but once), none hidden."""
+    seen, files = {os.path.realpath(folder)}, []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # Of two ways to the same folder the first by name stays.
+        real = {os.path.realpath(Path(where, n)): n for n in sorted(folders)[::-1] if n[0] != "."}
+        folders[:] = [name for path, name in real.items() if path not in seen]
+        seen |= real.keys()
+        files += [Path(where, name) for name in names if name[0] != "."]
+    return sorted(files)
 
 
 def read_image(path: Path) -> Tensor:
@@ -78,8 +91,8 @@ def read_image(path: Path) -> Tensor:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ValueError(f"{width}×{height} pixels, at most {MAX_PIXELS:,} are read")
-                if image.mode == "F":
-                    raise ValueError("floating-point pixels of unknown range; save it with 8 bits")
+                if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+                    raise ValueError("32-bit pixels of unknown range; save it with 8 bits")
                 upright = ImageOps.exif_transpose(image)
                 square = ImageOps.fit(
                     to_rgb(upright), (STORED_SIZE, STORED_SIZE), Image.Resampling.BICUBIC

@@ -58,8 +58,8 @@ def export_run(run: Run, folder: Path) -> Run:
         )
     try:
         card = model_card(run)
-    except KeyError as error:
-        raise ValueError(f"{run.path}: broken run record: {error} is missing") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.path}: broken run record: {error!r}") from None
     new = beside(folder, "new")
     try:
         write_atomic(new / WEIGHTS, content)

@@ -199,8 +199,8 @@ def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
     for path in summary_paths(root):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            row_of(summary)
-        except (ValueError, KeyError, TypeError) as error:
+            _ = row_of(summary), summary["question"], summary["finished_at"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
         if "variant" not in summary:
             summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
@@ -282,7 +282,6 @@ def _machine(hardware: dict[str, Any] | None) -> str | None:
     if not hardware:
         return None
     unit = f", {hardware['vector_unit']}" if hardware.get("vector_unit") else ""
-    threads = ""
-    if hardware["device"] == "cpu":
-        threads = f", {hardware['threads']} thread{'s' if hardware['threads'] > 1 else ''}"
+    n = hardware["threads"]
+    threads = f", {n} thread{'s' * (n > 1)}" if hardware["device"] == "cpu" else ""
     return f"{hardware['name']}{threads}{unit}, {hardware['precision']}"

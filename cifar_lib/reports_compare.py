@@ -27,6 +27,7 @@ COLUMNS = [
     "data",
     "n_train",
     "hours_a_seed",
+    "at_most",
     "parameters",
     "status",
 ]
@@ -45,8 +46,8 @@ def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         COLUMNS, indexed by experiment; accuracies in percent, `measured` on test with its 95 %
-        interval over n seeds, `with_tta` with test-time augmentation; `status` says measured, or
-        why not.
+        interval over n seeds, `with_tta` with test-time augmentation; `at_most` says that the
+        hours are a bound, as other work ran beside; `status` says measured, or why not.
     """
     measured = frame.assign(
         experiment=frame["notebook"] + "/" + frame["experiment"].str.removesuffix("-quick"),
@@ -55,6 +56,7 @@ def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
         high=100 * frame["high"],
         with_tta=100 * frame["test_accuracy_tta"],
         hours_a_seed=frame["train_seconds"] / 3600,
+        at_most=frame["shared_machine"],
     )
     # What a source reports stands in `systems` alone.
     measured = measured.drop(columns=["reported_accuracy", "reported_by", "reported_on"])

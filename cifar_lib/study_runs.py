@@ -73,8 +73,8 @@ def runs(
             finished.append(published[folder.name])
             other = finished[-1].summary.get("code_sha256") != training_code_sha256()
             print(
-                f"{label}, seed {seed}: as {shown(finished[-1].path)} tells"
-                + ", of other training code" * other
+                f"{label}, seed {seed}: figures from {shown(finished[-1].path)}"
+                + ", by other training code" * other
             )
             continue
         bar = _wants_bar(progress)

@@ -62,6 +62,16 @@ def test_an_operation_is_torchvisions_at_every_magnitude(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", policy.OPERATIONS)
+def test_an_operation_takes_images_in_any_layout(name: str) -> None:
+    strengths = torch.full((6,), 0.5)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        assert torch.equal(
+            policy.OPERATIONS[name](PICTURES.contiguous(memory_format=layout), strengths),
+            policy.OPERATIONS[name](PICTURES, strengths),
+        )
+
+
+@pytest.mark.parametrize("name", policy.OPERATIONS)
 def test_each_image_has_its_own_strength(name: str) -> None:
     highest = policy.strengths(30, 32, 32)[name][0]
     strength = highest * torch.tensor([0, 0.2, 0.4, 0.6, 0.8, 1])

@@ -26,6 +26,7 @@ def measured(*labels: str) -> pd.DataFrame:
             "test_accuracy_tta": 0.915,
             "weights": None,
             "train_seconds": 7200.0,
+            "shared_machine": label.endswith("mine"),
             "reported_accuracy": 0.5,
             "reported_by": "study X",
             "reported_on": "elsewhere",
@@ -52,6 +53,7 @@ def test_systems_come_first_measured_or_not_then_what_has_no_source():
     mine = table.loc["09_other/mine"]
     assert (mine["study"], mine["system"], mine["status"]) == ("ours", "resnet18", "measured")
     assert pd.isna(mine["reported"])
+    assert table.loc[["02_speed/smallcnn", "09_other/mine"], "at_most"].tolist() == [False, True]
 
 
 def test_a_quick_run_stands_for_its_experiment_and_real_weights_once_there_count():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cifar_lib import execution
 from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
 
 # A published fingerprint hangs on the defaults: changing one would silently change what every
@@ -92,6 +93,7 @@ DEFAULTS = {
         ({"optimizer": "muon", "nesterov": False}, ["nesterov", "muon"]),
         ({"epoch": 3}, ["unknown field 'epoch'", "did you mean epochs?"]),
         ({"momentum": 0.0}, ["nesterov", "momentum 0"]),
+        ({"data_dir": ""}, ["data_dir", "''", "at least 1 character"]),
     ],
 )
 def test_a_bad_value_is_refused_by_name(values, named):
@@ -118,6 +120,18 @@ def test_every_field_says_what_it_is():
 
 def test_defaults_stay_as_published():
     assert TrainConfig().model_dump() == DEFAULTS, "a new field: write its default into DEFAULTS"
+
+
+def test_no_other_repositorys_commit_is_ours(tmp_path, monkeypatch):
+    """Unpacked from an archive, inside the checkout of something else."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    (tmp_path / "ours").mkdir()
+    monkeypatch.setattr(execution, "ROOT", tmp_path / "ours")
+    assert execution.git_commit.__wrapped__() is None
+    monkeypatch.setattr(execution, "ROOT", tmp_path)
+    assert len(execution.git_commit.__wrapped__()) == 40
 
 
 def test_without_a_checkout_the_current_folder_stands_in_its_place(tmp_path):

@@ -22,7 +22,7 @@ from cifar_lib.data import (
     load_splits,
     split_train,
 )
-from cifar_lib.data_sources import CIFAR10_CLASSES
+from cifar_lib.data_sources import CIFAR10_CLASSES, Source
 
 INFO = DataInfo("custom", "folder", False, "0" * 64, 0, 0, 0)
 
@@ -171,6 +171,28 @@ def test_a_cache_that_can_not_be_written_is_only_a_warning(
     cache.write_text("a file where the folder should be")
     assert len(load_dataset("cifar10", str(small))[0]) == 20
     assert "can not be written" in caplog.text
+
+
+def test_a_cache_that_can_not_be_read_is_only_a_warning(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CIFAR_LIB_CACHE", f"/{300 * 'x'}")  # longer than a name can be
+    assert len(load_dataset("cifar10", str(small))[0]) == 20
+    assert "can not be written" in caplog.text
+
+
+def test_files_that_change_while_they_are_read_are_not_kept(
+    small: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_source(source: Source) -> tuple[dict[str, torch.Tensor], bool]:
+        write_parquet(small, {"train": [(picture(i + 1), i % 10) for i in range(20)]})
+        return decode(source)
+
+    decode = data.read_source
+    monkeypatch.setattr(data, "read_source", read_source)
+    with pytest.raises(ValueError, match="small: changed while it was read; start again"):
+        load_dataset("cifar10", str(small))
+    assert not cache.exists()
 
 
 def test_load_splits_counts(small: Path) -> None:

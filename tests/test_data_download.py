@@ -231,6 +231,32 @@ def test_other_addresses_are_refused(
         download_cifar10(tmp_path)
 
 
+@pytest.mark.parametrize("address", ["http://[bad", "http://127.0.0.1:1/ü", "http://a..b"])
+def test_auto_does_without_an_address_that_is_none(
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CIFAR10_MIRROR", address)
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    assert find_or_download(None, stand_in=True) is None
+    assert f"{address}/{ARCHIVE} into {tmp_path}: " in capsys.readouterr().err
+
+
+def test_auto_does_without_a_server_whose_length_is_no_number(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "abc")
+        handler.end_headers()
+
+    server.answer = answer
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    assert find_or_download(None, stand_in=True) is None
+
+
 def test_folders_are_searched_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     monkeypatch.setenv("CIFAR10_DIR", f"{first}{os.pathsep}{second}")
@@ -302,9 +328,23 @@ def test_an_archive_laid_there_by_hand_is_unpacked(
     with pytest.raises(ValueError, match=f"{ARCHIVE}: incomplete or damaged.*delete it"):
         find_or_download(str(tmp_path), stand_in=True)
     (tmp_path / ARCHIVE).write_bytes(archive)
+    (tmp_path / ".unpack-killed").mkdir()  # by an unpacking that was
     found = find_or_download(str(tmp_path), stand_in=False)
     assert found is not None and found.layout == "official"
-    assert (tmp_path / ARCHIVE).exists() and server.ranges == []
+    assert left_behind(tmp_path) == {"original", ARCHIVE, "cifar-10-batches-py"}
+    assert server.ranges == []
+
+
+def test_an_archive_that_cannot_be_unpacked_is_named_not_the_network(
+    archive: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / ARCHIVE).write_bytes(archive)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(ValueError, match=f"^{tmp_path / ARCHIVE} into {tmp_path}: .*No space left"):
+        find_or_download(str(tmp_path), stand_in=True)
 
 
 def test_unreachable_host(

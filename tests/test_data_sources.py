@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -249,6 +250,30 @@ def test_a_bad_picture_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"cat.1\.png: not a whole PNG or JPEG"):
         read(tmp_path)
+
+
+def test_what_would_be_left_out_is_named(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    (ant / "2.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"ant.2\.png: No such file or directory; make it"):
+        read(tmp_path)
+    (ant / "2.png").unlink()
+    (ant / "more").mkdir()
+    (ant / "3.webp").write_bytes(picture(3, "WEBP"))
+    (ant / ".hidden").write_text("no picture, and not meant as one")
+    says = r"ant.3\.webp: neither png nor jpg, as 2 in .*train; convert or move them"
+    with pytest.raises(ValueError, match=says):
+        find_source(tmp_path)
+
+
+def test_a_class_whose_name_is_no_text_is_a_class(tmp_path: Path) -> None:
+    try:
+        write_pictures(tmp_path, ("ant", os.fsdecode(b"b\xff")))
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    source = find_source(tmp_path)
+    assert source is not None and len(source.sha256()) == 64
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_no_permission_is_one_line(tmp_path, params):
     if "setpriv:" in ended.stderr:
         pytest.skip(f"root, and {ended.stderr.strip()}")
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
-    assert "Permission denied; make it writable and start again" in ended.stderr
+    assert "Permission denied; allow access to it and start again" in ended.stderr
     assert str(tmp_path / "runs") in ended.stderr
 
 

@@ -80,3 +80,16 @@ def test_the_kernel_gets_them(glibc, tmp_path):
         assert launch.write_kernel_specification(tmp_path) == path
         written = json.loads(path.read_text())
         assert written == {"argv": ["python"], "env": {"A": "1", **launch.GLIBC}}
+
+
+def test_a_full_disk_leaves_the_kernel_as_it_was(glibc, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "share/jupyter/kernels/python3/kernel.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"argv": []}')
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        launch.write_kernel_specification(tmp_path)
+    assert path.read_text() == '{"argv": []}' and len(list(path.parent.iterdir())) == 1

@@ -32,6 +32,7 @@ def metrics(seeds: int = 2, epochs: int = 4) -> pd.DataFrame:
 def comparison() -> pd.DataFrame:
     return pd.DataFrame(
         {
+            "notebook": ["03_improved", "02_speed", "04_final", "01_baseline"],
             "experiment": ["slow", "fast", "new", "pending"],
             "test_accuracy": [0.93, 0.94, 0.91, np.nan],
             "low": [0.925, np.nan, 0.905, np.nan],
@@ -233,6 +234,7 @@ def test_accuracy_vs_cost_places_and_names_the_points(cost: str) -> None:
 def test_labels_cover_neither_each_other_nor_another_point() -> None:
     frame = pd.DataFrame(
         {
+            "notebook": "01_baseline",
             "experiment": [f"experiment_{i}" for i in range(8)],
             "test_accuracy": 0.93 + 0.001 * np.arange(8) % 0.003,
             "low": np.nan,
@@ -241,7 +243,7 @@ def test_labels_cover_neither_each_other_nor_another_point() -> None:
             "weights": "imagenet",
         }
     )
-    frame.loc[8] = ["far", 0.8, np.nan, np.nan, 2e7, "imagenet"]
+    frame.loc[8] = ["01_baseline", "far", 0.8, np.nan, np.nan, 2e7, "imagenet"]
     figure = plots_compare.accuracy_vs_cost(frame, "parameters")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -259,8 +261,8 @@ def test_labels_cover_neither_each_other_nor_another_point() -> None:
 
 
 def test_accuracies_and_intervals_at_the_ends_of_the_scale_hide_no_point() -> None:
-    columns = ["experiment", "test_accuracy", "low", "high", "parameters", "weights"]
-    rows = [("all", 1.0, 0.9, 1.1, 1e5, None), ("wide", 0.5, -0.2, 1.2, 1e6, None)]
+    columns = ["notebook", "experiment", "test_accuracy", "low", "high", "parameters", "weights"]
+    rows = [("", "all", 1.0, 0.9, 1.1, 1e5, None), ("", "wide", 0.5, -0.2, 1.2, 1e6, None)]
     (ax,) = plots_compare.accuracy_vs_cost(pd.DataFrame(rows, columns=columns), "parameters").axes
     low, high = ax.get_ylim()
     (drawn,) = [c for c in ax.collections if isinstance(c, PathCollection)]
@@ -270,13 +272,28 @@ def test_accuracies_and_intervals_at_the_ends_of_the_scale_hide_no_point() -> No
 
 @pytest.mark.parametrize("spread", [0.3, 0.015, 0.004])
 def test_however_close_the_accuracies_lie_the_axis_has_different_numbers(spread: float) -> None:
-    columns = ["experiment", "test_accuracy", "low", "high", "parameters", "weights"]
-    rows = [(str(i), 0.816 - i * spread, np.nan, np.nan, 10**5 * 2**i, None) for i in range(2)]
+    columns = ["notebook", "experiment", "test_accuracy", "low", "high", "parameters", "weights"]
+    rows = [("", str(i), 0.816 - i * spread, np.nan, np.nan, 10**5 * 2**i, None) for i in range(2)]
     (ax,) = plots_compare.accuracy_vs_cost(pd.DataFrame(rows, columns=columns), "parameters").axes
     low, high = ax.get_ylim()
     said = ax.yaxis.get_major_formatter().format_ticks(list(ax.get_yticks()))
     seen = [t for y, t in zip(ax.get_yticks(), said, strict=True) if low <= y <= high]
     assert len(set(seen)) == len(seen) >= 2
+
+
+@pytest.mark.parametrize("accuracy", [0.004, 0.5, 0.978])
+def test_one_point_alone_lies_inside_the_axes(accuracy: float) -> None:
+    frame = comparison().head(1).assign(test_accuracy=accuracy, low=np.nan, high=np.nan)
+    (ax,) = plots_compare.accuracy_vs_cost(frame).axes
+    low, high = ax.get_ylim()
+    assert 0.5 * accuracy < low < accuracy < high < min(1, 1.5 * accuracy)
+
+
+def test_experiments_of_one_name_are_told_apart_by_their_notebooks() -> None:
+    frame = comparison().head(3).assign(experiment=["vgg16", "small", "vgg16"])
+    frame = frame.assign(notebook=["01_baseline", "02_speed", "04_final"])
+    (ax,) = plots_compare.accuracy_vs_cost(frame).axes
+    assert [t.get_text() for t in ax.texts] == ["01/vgg16", "small", "04/vgg16"]
 
 
 def test_a_chart_of_nothing_measured_is_empty_not_an_error() -> None:

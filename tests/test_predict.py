@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar_lib import __main__ as cli
 from cifar_lib import predict, predict_export
 from cifar_lib.predict import (
     find_images,
@@ -129,9 +131,25 @@ def test_a_folder_that_names_no_class_beside_some_that_do_is_named(call, tmp_pat
     assert call("predict", str(run.path), *given)[2] == "", "a file given by name needs no label"
 
 
-def test_pixels_of_unknown_range_are_refused(tmp_path):
-    Image.new("F", (40, 40), 0.5).save(tmp_path / "a.tiff")
-    with pytest.raises(ValueError, match="a.tiff: floating-point pixels"):
+def test_a_picture_met_twice_counts_once_and_links_to_folders_are_followed(tmp_path, monkeypatch):
+    (tmp_path / "in/dog").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for path in ("in/dog/a.png", "elsewhere/b.png"):
+        (tmp_path / path).write_bytes(b"")
+    (tmp_path / "in/cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/cat/round").symlink_to(tmp_path / "in")  # a circle
+    (tmp_path / "in/pet").symlink_to(tmp_path / "elsewhere")  # and a second way
+    found = find_images([tmp_path / "in", tmp_path / "in/dog"], ["cat", "dog"])
+    names = [(path.relative_to(tmp_path).as_posix(), label) for path, label in found]
+    assert names == [("in/cat/b.png", "cat"), ("in/dog/a.png", "dog")]
+    monkeypatch.chdir(tmp_path / "in/dog")
+    assert find_images([Path()], ["dog"]) == [(Path("a.png"), "dog")]
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_unknown_range_are_refused(tmp_path, mode):
+    Image.new(mode, (40, 40), 1).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="a.tiff: 32-bit pixels of unknown range; save it with 8"):
         read_image(tmp_path / "a.tiff")
 
 
@@ -192,6 +210,19 @@ def test_a_name_that_is_no_text_and_a_link_to_nowhere_do_not_stop_the_others(
     status, out, err = call("predict", str(run.path), str(tmp_path), "--format", "csv")
     assert status == 1 and "a\\udcff.png" in out
     assert err == f"error: {tmp_path / 'b.png'}: No such file or directory\n"
+
+
+def test_a_terminal_without_the_letters_of_a_name_gets_all_answers(
+    monkeypatch, tmp_path, run, half_red
+):
+    half_red.save(tmp_path / "猫.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["cifar_lib", "predict", str(run.path), str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    terminal.flush()
+    assert rb"\u732b.png" in terminal.buffer.getvalue()
 
 
 def test_weights_that_do_not_fit_are_refused(run, digits):
@@ -256,7 +287,10 @@ def test_an_export_that_fails_leaves_the_former_one_whole(tmp_path, monkeypatch,
     export_run(run, target)
     before = contents(target)
     broken = replace(run, summary={k: v for k, v in run.summary.items() if k != "hardware"})
-    with pytest.raises(ValueError, match="broken run record: 'hardware' is missing"):
+    with pytest.raises(ValueError, match="broken run record: KeyError\\('hardware'\\)"):
+        export_run(broken, target)
+    broken = replace(run, summary=run.summary | {"hardware": None})
+    with pytest.raises(ValueError, match="broken run record: TypeError"):
         export_run(broken, target)
     monkeypatch.setattr(predict_export, "save_summary", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -134,8 +134,17 @@ def test_an_explored_notebook_writes_nothing(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_summary_is_named(tmp_path):
-    (tmp_path / "summary.json").write_text('{"notebook": "x"}')
+@pytest.mark.parametrize(
+    "broken",
+    [{"finished_at": ...}, {"question": ...}, {"model": "x"}, {"config": "x"}, {"runs": 1}],
+)
+def test_a_broken_summary_is_named(run, tmp_path, monkeypatch, broken):
+    monkeypatch.setattr(reports, "ROOT", tmp_path)
+    summary = Report("", "01_baseline", "smoke", "smoke", "What?").finish(run.config, [run])
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert read_summaries(tmp_path)
+    text = json.dumps({k: v for k, v in (summary | broken).items() if v is not ...})
+    (tmp_path / "summary.json").write_text(text)
     with pytest.raises(ValueError, match=r"summary\.json: broken summary"):
         read_summaries(tmp_path)
 

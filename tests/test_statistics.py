@@ -76,6 +76,14 @@ def test_of_seeds_shared_in_part_those_are_paired() -> None:
     assert difference_interval({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0}).method == "Welch"
 
 
+def test_one_run_is_held_against_the_other_sides_run_of_its_seed() -> None:
+    # The mean of three would count the luck of its seed as the recipe's.
+    told = difference_interval({0: 1.5}, {0: 2.0, 1: 1.0, 2: 1.0})
+    assert (told.mean, told.low, told.n, told.method) == (-0.5, None, 1, "paired by seed")
+    assert difference_interval({0: 2.0, 1: 1.0}, {0: 1.5}).mean == 0.5
+    assert difference_interval({3: 1.5}, {0: 2.0, 1: 1.0}).method == "means of different seeds"
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_one_run_has_no_interval_and_shows_nothing(seed: int) -> None:
     difference = difference_interval({0: 0.9}, {seed: 0.5})
@@ -147,7 +155,7 @@ def test_the_words_are_those_of_the_intervals() -> None:
     assert verdict_lines(table) == [
         "b: +12.00 points [+9.52, +14.48] against a (n = 3, paired by seed): higher",
         "c: +0.00 points [-43.03, +43.03] against a (n = 3, paired by seed): nothing was shown",
-        "one: +30.00 points against a (n = 1, Welch): one run on a side: no interval",
+        "one: +40.00 points against a (n = 1, paired by seed): one run on a side: no interval",
     ]
     assert verdict_lines(table, "nats", 1)[0].startswith("b: +0.12 nats [+0.10, +0.14]")
     alone = compare_recipes(frame, {"one": "one"})

@@ -65,6 +65,15 @@ def test_a_mistake_is_one_line_with_file_and_field(tmp_path, old, new, said):
     assert "\n" not in str(caught.value)
 
 
+def test_the_sweep_that_contributing_shows_is_one(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```yaml\n")[1]
+    folder = tmp_path / "07_choices"
+    shutil.copytree(ROOT / "params/01_baseline", tmp_path / "01_baseline")
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(text.split("```")[0])
+    assert len(list(read_sweep(folder / "mine.yaml").pairs)) == 12
+
+
 def test_a_base_may_be_a_parameter_file(tmp_path):
     text = "question: Q?\nbase: {}\nvariants: {{more: {{epochs: 3}}}}\n"
     params = ROOT / "params/01_baseline/study-b.yaml"
@@ -205,7 +214,7 @@ def test_a_run_that_is_here_comes_before_its_published_figures(tmp_path, publish
 def test_figures_of_other_code_say_so(tmp_path, published, counted, capsys, monkeypatch):
     monkeypatch.setattr(study_runs, "training_code_sha256", lambda: "changed")
     sweep_runs(read_sweep(tmp_path / "s.yaml"))
-    assert not counted and "s/slow tells, of other training code\n" in capsys.readouterr().out
+    assert not counted and "s/slow, by other training code\n" in capsys.readouterr().out
 
 
 def test_a_report_on_its_way_into_place_tells_of_no_run(tmp_path, published):
