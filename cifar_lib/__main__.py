@@ -236,8 +236,11 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _print_result(result: dict[str, Any], where: str) -> None:
-    known = [k for k in ("val_accuracy", "test_accuracy", "test_accuracy_tta") if k in result]
-    told = "".join(f"{k} {100 * result[k]:.2f} %, " for k in known if result[k] is not None)
+    told = "".join(
+        f"{key} {100 * result[key]:.2f} %, "
+        for key in ("val_accuracy", "test_accuracy", "test_accuracy_tta")
+        if result.get(key) is not None
+    )
     typer.echo(f"seed {result['seed']}, {told}test_loss {result['test_loss']:.4f}  {where}")
 
 
@@ -263,8 +266,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (OSError, FloatingPointError) as error:
-        said = with_remedy(error) if isinstance(error, OSError) else error
-        print(f"error: {said}", file=sys.stderr)
+        print(f"error: {with_remedy(error)}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

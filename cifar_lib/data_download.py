@@ -221,9 +221,9 @@ def _unpack(archive: Path, md5: str) -> None:
             f"{archive}: incomplete or damaged, its MD5 is {found} instead of {md5}; "
             f"delete it if it is still there and run `{DOWNLOAD_COMMAND}`"
         )
-    # Unpacked aside and moved whole: an interrupted unpacking leaves nothing to be found.
     for killed in archive.parent.glob(".unpack-*"):  # nobody else unpacks: the caller has the lock
         shutil.rmtree(killed, ignore_errors=True)
+    # Unpacked aside and moved whole: an interrupted unpacking leaves nothing to be found.
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as scratch:
         with tarfile.open(archive) as tar:
             # Python before 3.11.4 has no filters; what is unpacked was just seen to be whole.

@@ -53,8 +53,10 @@ def plain_name(name: str, field: str) -> str:
     return name
 
 
-def with_remedy(error: OSError, path: Path | None = None) -> OSError:
-    """The same error, saying which path and, where that is known, what to do."""
+def with_remedy(error: Exception, path: Path | None = None) -> Exception:
+    """The same error; one of the system's says which path and, where known, what to do."""
+    if not isinstance(error, OSError):
+        return error
     # By its text as well: several errors of a copied folder come as one, without a number.
     found = (r for n, r in _REMEDIES.items() if n == error.errno or os.strerror(n) in str(error))
     remedy = next(found, None)

@@ -161,4 +161,4 @@ def _ask_no_more(experiment: Experiment) -> None:
 def _last_line(error: Exception) -> str:
     if isinstance(error, PapermillExecutionError):
         return f"{error.ename}: {error.evalue}"
-    return str(with_remedy(error) if isinstance(error, OSError) else error)
+    return str(with_remedy(error))
