@@ -111,6 +111,18 @@ def test_muon_moves_filters_by_orthogonal_steps_and_the_rest_by_sgd() -> None:
     torch.testing.assert_close(bias, twin)
 
 
+def test_muon_has_no_weight_decay_for_filters() -> None:
+    # Their norm is set anew in each step; a decay in the gradient would turn the direction.
+    torch.manual_seed(0)
+    plain, twin = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.empty(4, 3, 3, 3))
+    twin.data.copy_(plain.data)
+    for p, decay in [(plain, 0.0), (twin, 10.0)]:
+        muon = Muon([{"params": [p], "filters": True, "weight_decay": decay}], 0.1, 0.6)
+        p.grad = torch.ones_like(p)
+        muon.step()
+    torch.testing.assert_close(plain, twin, rtol=0, atol=0)
+
+
 def test_resize_averages_and_keeps_a_constant() -> None:
     images = torch.rand(2, 3, 32, 32)
     assert resize(images, 24).shape == (2, 3, 24, 24)

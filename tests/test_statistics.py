@@ -48,6 +48,18 @@ def test_a_run_overfits_where_validation_loss_rises_more_than_it_wavers() -> Non
     assert not overfitting(falls[:1], steeper[:1])["shown"]
 
 
+def test_a_run_that_recovered_by_its_end_does_not_overfit() -> None:
+    # High from the third epoch to the tenth, yet the last three are those around the lowest again.
+    returns = pd.Series([1.1, 1.0, *[1.3, 1.31] * 4, 1.1, 1.0, 1.1], index=range(1, 14))
+    falls = pd.Series(np.linspace(1, 0, 13), index=returns.index)
+    assert not overfitting(falls, returns)["shown"]
+    stays = returns.where(returns.index < 11, 1.3)
+    assert overfitting(falls, stays)["shown"]
+    # Training loss counts to its last epoch: it fell, and then the run fell apart.
+    falls.iloc[-1] = 2.0
+    assert not overfitting(falls, stays)["shown"]
+
+
 def test_a_noisy_plateau_rarely_passes_for_overfitting() -> None:
     generator = np.random.default_rng(0)
     falls = pd.Series(np.linspace(1, 0, 20))
@@ -94,6 +106,10 @@ def test_one_run_has_no_interval_and_shows_nothing(seed: int) -> None:
 def test_no_spread_at_all_is_a_point() -> None:
     difference = difference_interval({0: 0.5, 1: 0.5}, {2: 0.25, 3: 0.25})
     assert (difference.low, difference.high) == (0.25, 0.25)
+    # One side without any is not both: the other's spread makes the interval.
+    difference = difference_interval({0: 0.5, 1: 0.5}, {2: 0.2, 3: 0.3})
+    half = stats.t.ppf(0.975, 1) * math.sqrt(0.005 / 2)
+    assert (difference.low, difference.high) == pytest.approx((0.25 - half, 0.25 + half))
 
 
 def test_no_runs_are_refused() -> None:
