@@ -15,7 +15,6 @@ from cifar_lib.evaluate import mean_interval
 from cifar_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, caption, new_figure
 
 COLORS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
-LEVEL = 0.95
 
 
 def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
@@ -24,7 +23,7 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     Args:
         frame: a row a run: group (a panel each), variant and val_accuracy, 0..1; in the order in
             which they are drawn. A variant may stand in several groups.
-        caption_text: see `caption`.
+        caption_text: see `caption`; what the bars are is added where there are any.
     """
     groups = frame["group"].unique()
     rows = frame.groupby("group", sort=False)["variant"].nunique()
@@ -40,7 +39,7 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
         for row, name in enumerate(names):
             values = part.loc[part["variant"] == name, "val_accuracy"].astype(float).to_numpy()
             ax.plot(values, np.full(len(values), row), "o", color=GREY, alpha=0.6, markersize=4)
-            interval = mean_interval(list(values), LEVEL)
+            interval = mean_interval(list(values))
             if interval.low is not None and interval.high is not None:
                 ax.hlines(row + 0.22, interval.low, interval.high, color=BLUE, linewidth=2)
             if several:
@@ -51,9 +50,16 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
-    told = ": each run (grey), mean and 95 % interval over seeds (blue)" if several else ", one run"
+    told, bars = (
+        (
+            ": each run (grey), mean and 95 % interval over seeds (blue)",
+            " Bars: each variant's own interval; verdicts are of differences paired by seed.",
+        )
+        if several
+        else (", one run each, no interval", "")
+    )
     axes[-1].set_xlabel(f"validation accuracy{told}")
-    return caption(figure, caption_text)
+    return caption(figure, caption_text + bars)
 
 
 def curves_by_panel(
@@ -71,7 +77,7 @@ def curves_by_panel(
         columns: column → line style of matplotlib, as "-" or "--"; what was measured nowhere is
             left out.
         ylabel: what they are, with the unit.
-        caption_text: see `caption`.
+        caption_text: see `caption`; what thin and thick are is added where seeds are several.
     """
     panels, lines = metrics["panel"].unique(), metrics["line"].unique()
     across = min(len(panels), 3)
@@ -96,4 +102,5 @@ def curves_by_panel(
     figure.legend(
         handles=named, fontsize=9, frameon=False, ncols=min(len(lines), 5), loc="outside upper left"
     )
-    return caption(figure, caption_text)
+    several = metrics["seed"].nunique() > 1
+    return caption(figure, caption_text + " Thin: a seed; thick: their mean." * several)

@@ -39,7 +39,16 @@ def history(panels=("vgg11", "vgg16")) -> pd.DataFrame:
 def test_where_each_variant_has_one_run_no_mean_is_drawn_or_promised() -> None:
     (ax, *_) = plots_sweep.run_points(points().drop_duplicates(["group", "variant"])).axes
     assert len(ax.lines) == len(ax.get_yticklabels())
-    assert "mean" not in ax.figure.axes[-1].get_xlabel()
+    assert "no interval" in ax.figure.axes[-1].get_xlabel()
+    assert "Bars" not in ax.figure.get_supxlabel()
+
+
+def test_one_seed_has_no_thin_lines_to_explain() -> None:
+    one, two = (
+        plots_sweep.curves_by_panel(frame, {"val_loss": "-"}, ylabel="loss (nats)").get_supxlabel()
+        for frame in (history().query("seed == 0"), history())
+    )
+    assert "thick" not in one and "thick" in two
 
 
 def test_every_run_the_mean_and_its_interval_are_drawn() -> None:
@@ -64,6 +73,7 @@ def test_every_run_the_mean_and_its_interval_are_drawn() -> None:
     assert optimizer.get_xlim() == schedule.get_xlim()
     low, high = optimizer.get_xlim()
     assert low < mean_interval(RUNS["optimizer", "sgd"]).low and high > 0.9
+    assert "Bars" in figure.get_supxlabel()
 
 
 def test_curves_are_a_thin_line_a_seed_and_a_thick_mean() -> None:
