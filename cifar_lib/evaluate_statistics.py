@@ -241,7 +241,8 @@ def seeds_needed(
         far = np.nan_to_num(stats.nct.cdf(-limit, df, shift))
         return power - float(stats.nct.sf(limit, df, shift) + far)
 
-    if sd == 0 or missing_power(2) <= 0:
+    # Equal differences leave a spread of rounding alone, beyond what the distribution can take.
+    if sd <= 1e-6 * difference or missing_power(2) <= 0:
         return 2
     enough = 2.0
     while missing_power(enough) > 0:

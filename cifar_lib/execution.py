@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import psutil
 import torch
 
-from cifar_lib.config import ROOT, TrainConfig
+from cifar_lib.config import TrainConfig
+
+_PACKAGE = Path(__file__).resolve().parent  # not of the checkout: it may be installed alone
 
 # The rooms that decide what a run computes; plots, reports and the command line do not.
 TRAINING_ROOMS = (
@@ -94,11 +97,14 @@ def choose_execution(config: TrainConfig) -> Execution:
 
 
 def choose_evaluation(config: TrainConfig) -> Execution:
-    """As `choose_execution`, but takes what there is where the training's choice is missing."""
-    try:
-        return choose_execution(config)
-    except ValueError:
-        return choose_execution(config.model_copy(update={"device": "auto", "precision": "auto"}))
+    """As `choose_execution`, but takes what there is where the training's choice is missing.
+
+    Another device keeps the precision, if it has it.
+    """
+    for update in ({}, {"device": "auto"}):
+        with suppress(ValueError):
+            return choose_execution(config.model_copy(update=update))
+    return choose_execution(config.model_copy(update={"device": "auto", "precision": "auto"}))
 
 
 def prepare_device(execution: Execution, deterministic: bool) -> None:
@@ -168,8 +174,8 @@ def training_code_sha256() -> str:
     Of their code, not of its wording: comments, docstrings and line breaks do not count, and
     every Python version gives the same.
     """
-    package, digest = ROOT / "cifar_lib", hashlib.sha256()
-    for path in sorted(path for pattern in TRAINING_ROOMS for path in package.glob(pattern)):
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in TRAINING_ROOMS for path in _PACKAGE.glob(pattern)):
         tree = _Wordless().visit(ast.parse(path.read_bytes()))
         digest.update(f"{path.name}\0{_text_of(tree)}\0".encode())
     return digest.hexdigest()
@@ -190,15 +196,16 @@ def _text_of(node: Any) -> str:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The checkout's commit, with `-dirty` when the library differs; None outside git."""
+    """The library's commit, with `-dirty` when it differs; None outside git, as where installed."""
+    home = _PACKAGE.parent
 
     def git(*words: str) -> str:
         return subprocess.run(  # noqa: S603
-            ["git", "-C", str(ROOT), *words],  # noqa: S607
+            ["git", "-C", str(home), *words],  # noqa: S607
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)},  # no other's commit
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(home.parent)},  # no other's commit
         ).stdout.strip()
 
     try:

@@ -115,9 +115,11 @@ def learning_curves(
                 line[0].set(marker=marker, markersize=4)
             if reported is not None and f"{part}_{quantity}" in reported:
                 values = reported.set_index("epoch")[f"{part}_{quantity}"].dropna()
+                if values.empty:
+                    continue
                 label = f"{part}, {reported_by}"
                 dots = "." if len(values) <= 12 else ""  # the epochs that the source tells
-                values = values.reindex(range(values.index.min(), values.index.max() + 1))
+                values = values.reindex(range(int(values.index.min()), int(values.index.max()) + 1))
                 ax.plot(values.index, values, ":" + dots, color=color, linewidth=1.8, label=label)
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

@@ -63,12 +63,15 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
 def _files_below(folder: Path) -> list[Path]:
     """The files below a folder, behind links to folders too (each but once), none hidden."""
     seen, files = {os.path.realpath(folder)}, []
-    for where, folders, names in os.walk(folder, followlinks=True):
+    # A folder that can not be read stands as a file, which then says why it can not be either.
+    for where, folders, names in os.walk(
+        folder, followlinks=True, onerror=lambda error: files.append(Path(error.filename))
+    ):
         # Of two ways to the same folder the first by name stays.
         real = {os.path.realpath(Path(where, n)): n for n in sorted(folders)[::-1] if n[0] != "."}
         folders[:] = [name for path, name in real.items() if path not in seen]
         seen |= real.keys()
-        files += [Path(where, name) for name in names if name[0] != "."]
+        files.extend(Path(where, name) for name in names if name[0] != ".")
     return sorted(files)
 
 
@@ -85,6 +88,8 @@ def read_image(path: Path) -> Tensor:
         ValueError: not a picture, cut short, or more than MAX_PIXELS; one line with the path.
     """
     try:
+        if path.is_fifo():
+            raise ValueError("a named pipe, which may never end")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size and of broken records: see below
             with Image.open(path, formats=PICTURES) as image:

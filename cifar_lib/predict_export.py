@@ -61,6 +61,7 @@ def export_run(run: Run, folder: Path) -> Run:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run.path}: broken run record: {error!r}") from None
     new = beside(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed export left
     try:
         write_atomic(new / WEIGHTS, content)
         write_atomic(new / METRICS, (run.path / METRICS).read_bytes())

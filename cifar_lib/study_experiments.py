@@ -4,9 +4,10 @@ import ast
 import fnmatch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import papermill
+from pydantic import Field, TypeAdapter, ValidationError
 
 from cifar_lib.config import ROOT, TrainConfig, config_of, read_yaml
 from cifar_lib.files import inside, plain_name, shown
@@ -14,6 +15,12 @@ from cifar_lib.study_runs import check_seeds
 from cifar_lib.study_sweep import read_sweep, search_of
 from cifar_lib.train import check_runnable
 
+# What is allowed for that which reports take beside the configuration, by its type in the notebook.
+REPORTED: dict[str, TypeAdapter[Any]] = {
+    "str": TypeAdapter(str),
+    "Optional[int]": TypeAdapter(Annotated[int, Field(ge=1)] | None),
+    "Optional[float]": TypeAdapter(Annotated[float, Field(ge=0, le=1)] | None),
+}
 # What the runner itself tells a notebook, beside the parameters of the file.
 RUNNER_PARAMETERS = ("experiment", "preset", "report_dir", "seeds")
 
@@ -104,7 +111,9 @@ def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> lis
     if not isinstance(presets, dict) or not all(isinstance(e, list) for e in presets.values()):
         raise ValueError("params/study.yaml: expected `presets:` with a list under each name")
     if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}; params/study.yaml has: {', '.join(presets)}")
+        raise ValueError(
+            f"unknown preset {preset!r}; params/study.yaml has: {', '.join(map(str, presets))}"
+        )
     experiments = [_read_experiment(preset, entry) for entry in presets[preset]]
     labels = [experiment.label for experiment in experiments]
     if len(set(labels)) < len(labels):
@@ -178,6 +187,13 @@ def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Pa
             f"{where}: missing parameter {', '.join(map(repr, missing))}; "
             f"{notebook.name} has a smoke setting there"
         )
+    for name in set(parameters) - set(fields):
+        rule = REPORTED.get(accepted[name]["inferred_type_name"], TypeAdapter(Any))
+        try:
+            rule.validate_python(parameters[name], strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{where}: {name}: got {parameters[name]!r}; {reason}") from None
     try:
         config = config_of(parameters)
         if "model" in parameters:

@@ -37,7 +37,7 @@ ROOMS = [
     "__main__",
 ]
 LINES_OF_A_FILE = 300
-CODE_LINES_OF_THE_LIBRARY = 4650
+CODE_LINES_OF_THE_LIBRARY = 4670
 
 
 def room_of(module: str) -> str:

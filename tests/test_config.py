@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,22 +129,36 @@ def test_no_other_repositorys_commit_is_ours(tmp_path, monkeypatch):
     for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
     (tmp_path / "ours").mkdir()
-    monkeypatch.setattr(execution, "ROOT", tmp_path / "ours")
+    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "ours/cifar_lib")
     assert execution.git_commit.__wrapped__() is None
-    monkeypatch.setattr(execution, "ROOT", tmp_path)
+    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "cifar_lib")
     assert len(execution.git_commit.__wrapped__()) == 40
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is the device that has to be missing")
+def test_evaluation_elsewhere_keeps_the_precision_that_it_can(monkeypatch):
+    monkeypatch.setattr(execution, "_computes_in_bf16", lambda _: True)
+    chosen = [
+        execution.choose_evaluation(TrainConfig(device="cuda", precision=precision)).precision
+        for precision in ("fp32", "bf16", "fp16")
+    ]
+    assert chosen == ["fp32", "bf16", "bf16"]
 
 
 def test_without_a_checkout_the_current_folder_stands_in_its_place(tmp_path):
     shutil.copytree(ROOT / "cifar_lib", tmp_path / "site-packages/cifar_lib")
-    (tmp_path / "mine").mkdir()
-    code = "from cifar_lib import config; print(config.__file__, config.ROOT)"
+    subprocess.run(["git", "init", tmp_path / "mine"], check=True, capture_output=True)
+    code = """
+from cifar_lib import config, execution
+print(config.__file__, config.ROOT, execution.git_commit(), execution.training_code_sha256())
+"""
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages")}
     words = [sys.executable, "-c", code]
     told = subprocess.run(
         words, capture_output=True, text=True, check=True, cwd=tmp_path / "mine", env=environment
     ).stdout.split()
-    assert told == [f"{tmp_path}/site-packages/cifar_lib/config.py", f"{tmp_path}/mine"]
+    assert told[:2] == [f"{tmp_path}/site-packages/cifar_lib/config.py", f"{tmp_path}/mine"]
+    assert told[2:] == ["None", execution.training_code_sha256()]
 
 
 def test_fingerprint_is_the_same_in_another_process():
@@ -207,6 +222,13 @@ def test_bad_yaml_is_one_line_with_the_file(tmp_path, text, said):
         read_yaml(path)
     assert str(path) in str(caught.value) and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mapping_may_be_merged_with_others(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("a: &a\n  b: &b {<<: {x: 1}, x: 2}\nc: {<<: *b, y: 3}\nd: {<<: *b, x: 4}\n")
+    values = read_yaml(path)
+    assert values == {"a": {"b": {"x": 2}}, "c": {"x": 2, "y": 3}, "d": {"x": 4}}
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -175,6 +175,13 @@ def test_one_seed_without_validation_is_one_line(missing: float | None) -> None:
         assert [line.get_label() for line in ax.lines] == ["train"]
 
 
+def test_a_reported_curve_without_numbers_is_not_drawn() -> None:
+    reported = pd.DataFrame({"epoch": [1, 2], "val_accuracy": [0.5, 0.6], "val_loss": [None] * 2})
+    figure = plots.learning_curves(metrics(seeds=1), reported=reported, reported_by="study A")
+    dotted = [[line for line in ax.lines if line.get_linestyle() == ":"] for ax in figure.axes]
+    assert [len(lines) for lines in dotted] == [0, 1]
+
+
 def test_reported_curves_are_dotted_beside_ours() -> None:
     reported = pd.DataFrame({"epoch": [1, 2], "val_accuracy": [0.5, 0.6]})
     figure = plots.learning_curves(metrics(seeds=1), reported=reported, reported_by="study A")

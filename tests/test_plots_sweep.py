@@ -96,7 +96,8 @@ def test_curves_are_a_thin_line_a_seed_and_a_thick_mean() -> None:
 
 def test_what_was_not_measured_is_not_drawn() -> None:
     frame = history(panels="abcd").assign(clean_train_loss=np.nan)
-    figure = plots_sweep.curves_by_panel(frame, {"clean_train_loss": "-"}, ylabel="loss")
+    columns = {"clean_train_loss": "-", "running_loss": ":"}  # the second is no column at all
+    figure = plots_sweep.curves_by_panel(frame, columns, ylabel="loss")
     assert [ax.get_visible() for ax in figure.axes] == [True] * 4 + [False] * 2
     assert all(np.isnan(line.get_ydata()).all() for line in figure.axes[0].lines)
 

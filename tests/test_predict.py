@@ -14,6 +14,7 @@ from PIL import Image
 
 from cifar_lib import __main__ as cli
 from cifar_lib import predict, predict_export
+from cifar_lib.files import beside
 from cifar_lib.predict import (
     find_images,
     find_run,
@@ -93,6 +94,30 @@ def test_a_bad_file_is_one_line_with_its_name(tmp_path, kind):
     with pytest.raises(ValueError) as caught:
         read_image(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=r"pipe\.png: a named pipe"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_a_folder_that_can_not_be_read_stands_among_the_files(tmp_path, monkeypatch):
+    for name in ("3/a.png", "4/b.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+
+    def scan(path, scan=os.scandir):
+        if os.fspath(path) == str(tmp_path / "4"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    found = [path for path, _ in find_images([tmp_path], ["3", "4"])]
+    assert found == [tmp_path / "3/a.png", tmp_path / "4"]
+    with pytest.raises(ValueError, match="4: "):
+        read_image(tmp_path / "4")
 
 
 def test_files_are_found_and_labelled_by_their_folder(tmp_path):
@@ -296,6 +321,17 @@ def test_an_export_that_fails_leaves_the_former_one_whole(tmp_path, monkeypatch,
     with pytest.raises(ZeroDivisionError):
         export_run(run, target)
     assert contents(target) == before and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_export_takes_nothing_from_a_killed_one(tmp_path, run):
+    target = tmp_path / "target"
+    export_run(run, target)
+    left = beside(target, "new")
+    left.mkdir()
+    (left / ".best.safetensors.1.tmp").write_bytes(b"half")
+    before = set(contents(target))
+    export_run(run, target)
+    assert set(contents(target)) == before
 
 
 def test_an_export_destroys_neither_the_run_nor_another_folder(tmp_path, run):

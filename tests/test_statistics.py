@@ -245,6 +245,7 @@ def test_clearer_effects_need_no_more_seeds(paired: bool) -> None:
 
 def test_two_seeds_are_the_least() -> None:
     assert seeds_needed(0.3, 0.0) == seeds_needed(10.0, 0.001) == 2
+    assert seeds_needed(0.003, 5.5e-17, paired=True) == seeds_needed(0.003, 5.5e-17) == 2
 
 
 @pytest.mark.parametrize(("difference", "sd"), [(0.0, 1.0), (-0.3, 1.0), (0.3, -1.0)])

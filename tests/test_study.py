@@ -31,6 +31,9 @@ question: str = "What?"  # what it asks
 dataset: str = "digits"  # auto, cifar10 or digits
 epochs: int = 1  # passes
 broken: bool = False  # whether to fail
+reported_accuracy: Optional[float] = None  # what the source reports, 0..1
+reported_on: str = ""  # on which data
+shown: Optional[int] = None  # images
 seeds: list = [0]  # one run each
 experiment: str = "smoke"  # its name
 preset: str = "smoke"  # its preset
@@ -92,6 +95,16 @@ def checkout(tmp_path, monkeypatch):
         ("quick", "*", "question: One?\ndataset: digits\n", "missing parameter 'epochs'"),
         ("quick", "*", ONE + "epochs: 2\n", "line 4: duplicate key 'epochs'"),
         ("quick", "*", ONE.replace("1", "-1"), "one.yaml: epochs: got -1"),
+        (
+            "quick",
+            "*",
+            ONE + "reported_accuracy: 83.92\n",
+            "one.yaml: reported_accuracy: got 83.92",
+        ),
+        ("quick", "*", ONE + "reported_accuracy: 83.92 %\n", "reported_accuracy: got '83.92 %'"),
+        ("quick", "*", ONE + "reported_on: 2016-05-01\n", "reported_on: got .*valid string"),
+        ("quick", "*", ONE + "shown: -5\n", "shown: got -5"),
+        ("quick", "*", ONE + "shown: 2.5\n", "shown: got 2.5"),
         ("twice", "*", ONE, "names an experiment twice"),
         ("typo", "*", ONE, "'param'"),
         ("lost", "*", ONE, "no notebook notebooks/none.ipynb"),
@@ -111,6 +124,13 @@ def test_a_file_may_set_a_field_that_the_notebook_does_not_list(checkout):
     (checkout / "params/toy/one.yaml").write_text(ONE + "eval_batch_size: 64\n")
     (one,) = study_experiments.load_preset("quick", "toy/one", None)
     assert one.config.eval_batch_size == 64
+
+
+def test_what_a_report_takes_beside_may_be_left_open(checkout):
+    text = ONE + "reported_accuracy: null\nshown: null\nbroken: true\nreported_on: test\n"
+    (checkout / "params/toy/one.yaml").write_text(text)
+    (one,) = study_experiments.load_preset("quick", "toy/one", None)
+    assert one.parameters["reported_on"] == "test"
 
 
 def run_study(only="*", **options) -> tuple[list[str], str]:

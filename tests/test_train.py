@@ -123,7 +123,7 @@ def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypa
 
 
 def test_code_is_other_code_by_what_it_does_not_by_its_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(execution, "ROOT", tmp_path)
+    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "cifar_lib")
     path = tmp_path / "cifar_lib/train.py"
     path.parent.mkdir()
     hashes = []
