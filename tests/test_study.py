@@ -27,6 +27,7 @@ from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_sweep import read_sweep
 
 PARAMETERS = """\
+from typing import Optional
 question: str = "What?"  # what it asks
 dataset: str = "digits"  # auto, cifar10 or digits
 epochs: int = 1  # passes
