@@ -274,11 +274,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML lets the last of two equal keys win in silence; here that is an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:  # as written: what `<<` fills in, a mapping's own keys replace
-            if (key.tag, str(key.value)) in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: duplicate key {key.value!r}")
-            seen.add((key.tag, str(key.value)))
+        node, seen = super().compose_mapping_node(anchor), set[Any]()
+        for key_node, _ in node.value:  # before `<<` fills in what a mapping's own keys replace
+            key = "<<" if key_node.value == "<<" else self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
+            seen.add(key)
         return node
 
 

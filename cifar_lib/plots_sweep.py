@@ -50,16 +50,14 @@ def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
         ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     low, high = axes[0].get_xlim()
     axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
-    told, bars = (
-        (
-            ": each run (grey), mean and 95 % interval over seeds (blue)",
-            " Bars: each variant's own interval; verdicts are of differences paired by seed.",
+    told = ", one run each, no interval"
+    if several:
+        told = ": each run (grey), mean and 95 % interval over seeds (blue)"
+        caption_text += (
+            " Bars: each variant's own interval; verdicts are of differences paired by seed."
         )
-        if several
-        else (", one run each, no interval", "")
-    )
     axes[-1].set_xlabel(f"validation accuracy{told}")
-    return caption(figure, caption_text + bars)
+    return caption(figure, caption_text)
 
 
 def curves_by_panel(
@@ -80,7 +78,6 @@ def curves_by_panel(
         caption_text: see `caption`; what thin and thick are is added where seeds are several.
     """
     panels, lines = metrics["panel"].unique(), metrics["line"].unique()
-    measured = {column: style for column, style in columns.items() if column in metrics}
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     figure, axes = new_figure(2.8 * down + 0.4, rows=down, columns=across)
@@ -88,10 +85,12 @@ def curves_by_panel(
     for ax, panel in zip(axes, panels, strict=False):
         ax.sharey(axes[0])
         for name, part in metrics[metrics["panel"] == panel].groupby("line", sort=False):
-            for column, style in measured.items():
+            for column in (c for c in columns if c in metrics):
                 by_seed = part.pivot(index="epoch", columns="seed", values=column).astype(float)
                 for y, width, alpha in ((by_seed, 0.7, 0.4), (by_seed.mean(axis="columns"), 2, 1)):
-                    for line in ax.plot(by_seed.index, y, style, linewidth=width, alpha=alpha):
+                    for line in ax.plot(
+                        by_seed.index, y, columns[column], linewidth=width, alpha=alpha
+                    ):
                         line.set_color(colors[name])
         ax.set_title(str(panel), loc="left", fontsize=10)
         ax.set_xlabel("epoch")
@@ -103,5 +102,6 @@ def curves_by_panel(
     figure.legend(
         handles=named, fontsize=9, frameon=False, ncols=min(len(lines), 5), loc="outside upper left"
     )
-    several = metrics["seed"].nunique() > 1
-    return caption(figure, caption_text + " Thin: a seed; thick: their mean." * several)
+    if metrics["seed"].nunique() > 1:
+        caption_text += " Thin: a seed; thick: their mean."
+    return caption(figure, caption_text)

@@ -207,6 +207,8 @@ def test_no_mapping_ends_in_anything_but_a_configuration_or_one_line(values):
     ("text", "said"),
     [
         ("a: 1\nb: 2\na: 3\n", "line 3: duplicate key 'a'"),
+        ("a: {1: 2, 0x1: 3}\n", "line 1: duplicate key 1"),
+        ("a: {<<: {b: 1}, <<: {b: 2}}\n", "line 1: duplicate key '<<'"),
         ("- 1\n- 2\n", "expected a mapping"),
         ("a: [1\n", "expected"),
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
