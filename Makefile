@@ -85,9 +85,15 @@ clean: ## remove caches and built pages; keeps .venv, data/ and runs/
 # taken up again, not taken for a whole one. setuptools comes with the lock, so the package itself
 # needs no build environment from the network.
 IS_RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+# An environment that was moved here, or whose Python is gone, runs no more: it is made anew.
+IS_HERE := { ! grep -qs '^command = ' $(VENV)/pyvenv.cfg || \
+	grep -qF -- ' $(abspath $(VENV))' $(VENV)/pyvenv.cfg; } && $(BIN)/python $(IS_RECENT)
+ifneq ($(shell test ! -e $(INSTALLED) || { $(IS_HERE); } || echo gone),)
+.PHONY: $(INSTALLED)
+endif
 $(INSTALLED): requirements.lock pyproject.toml
 	@rm -f $@
-	@if ! $(BIN)/python $(IS_RECENT) || ! $(PIP) --version >/dev/null 2>&1; then \
+	@if ! { $(IS_HERE); } || ! $(PIP) --version >/dev/null 2>&1; then \
 		for python in $(PYTHON) ''; do "$$python" $(IS_RECENT) && break; done; \
 		if [ -z "$$python" ]; then \
 			echo "make: Python 3.11 or newer is needed, not found as: $(PYTHON);" \
@@ -108,7 +114,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 # Notes and the pins of aarch64 are carried over.
 X86_LINUX := sys_platform == "linux" and platform_machine == "x86_64"
 NOT_ARM_LINUX := sys_platform != "linux" or platform_machine != "aarch64"
-lock: ## rewrite requirements.lock from what is installed (on Linux x86_64)
+lock: $(INSTALLED) ## rewrite requirements.lock from what is installed (on Linux x86_64)
 	@{ sed -n '/^#/p' requirements.lock; { \
 		grep ' == "aarch64"' requirements.lock; \
 		$(PIP) freeze --all --exclude pip --exclude-editable | sed -E \

@@ -173,7 +173,7 @@ def test_make_alone_lists_every_target() -> None:
 
 
 @needs_make
-@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean", "lock"}))
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"help", "clean"}))
 def test_each_target_first_sets_up_the_environment(target: str, tmp_path: Path) -> None:
     commands = make("--dry-run", f"VENV={tmp_path}/venv", target).stdout
     assert "--requirement requirements.lock" in commands
@@ -186,6 +186,20 @@ def test_python_that_is_too_old_is_refused_in_one_line(tmp_path: Path) -> None:
     message, makes_own = done.stderr.splitlines()
     assert "Python 3.11 or newer is needed" in message
     assert "Error 1" in makes_own
+
+
+@needs_make
+@pytest.mark.parametrize("harm", ["", "its Python is gone", "it was moved here"])
+def test_an_environment_that_runs_no_more_is_made_anew(harm: str, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    target = "/gone/python3" if harm == "its Python is gone" else sys.executable
+    (venv / "bin/python").symlink_to(target)
+    home = "/elsewhere/venv" if harm == "it was moved here" else venv
+    (venv / "pyvenv.cfg").write_text(f"command = python3 -m venv --clear {home}\n")
+    (venv / ".installed").touch()
+    commands = make("--dry-run", f"VENV={venv}", "report").stdout
+    assert ("--requirement requirements.lock" in commands) == bool(harm)
 
 
 @needs_make
