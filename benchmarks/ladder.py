@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times each step of stage two.")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--only", nargs="+", default=list(RUNGS), help="rungs")
+    parser.add_argument("--only", nargs="+", choices=RUNGS, default=list(RUNGS), help="rungs")
     parser.add_argument("--climb", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.climb:

@@ -107,7 +107,7 @@ def measure(model: str, loop: str, steps: int) -> tuple[float, int]:
     return reached, peak
 
 
-def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[str, Any]:
+def compare(model: str, steps: int, repeats: int, ceiling: float) -> dict[str, Any]:
     """Images a second of the three loops, all repeats, and what follows from the medians."""
     settings = allocator_settings({})
     loops = {"bare": settings, "ours": settings, "conventional": {}}
@@ -127,7 +127,7 @@ def compare(model: str, steps: int, repeats: int, bf16_tflops: float) -> dict[st
         "images_per_second": rates,
         "seconds_per_epoch": {name: EPOCH / value for name, value in median.items()},
         "tflops": tflops,
-        "share_of_bf16_ceiling": {name: value / bf16_tflops for name, value in tflops.items()},
+        "share_of_ceiling": {name: value / ceiling for name, value in tflops.items()},
         "loop_overhead": median["bare"] / median["ours"] - 1,
         "speedup": median["ours"] / median["conventional"],
         "peak_memory_gib": peaks,
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times the training loop.")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     models = ["small_cnn", "resnet18", "vgg16", "speed_net"]
-    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--steps", type=int, default=8, help="steps a round")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -148,18 +148,18 @@ def main() -> None:
         model, loop = options.measure
         print(*measure(model, loop, options.steps))
         return
-    limits = ceilings()
+    limits, precision = ceilings(), choose_execution(TrainConfig()).precision
     print("ceilings: " + ", ".join(f"{name} {value:.2f}" for name, value in limits.items()))
     print(f"{'images/s, median (min to max)':32}{'bare':>27}{'ours':>27}{'conventional':>27}")
     results = []
     for model in options.models:
-        result = compare(model, options.steps, options.repeats, limits["bf16_tflops"])
+        result = compare(model, options.steps, options.repeats, limits[f"{precision}_tflops"])
         results.append(result)
         cells = [spread(r) for r in result["images_per_second"].values()]
         print(f"{model:32}" + "".join(f"{cell:>27}" for cell in cells), flush=True)
         print(
             f"{'':32}loop overhead {result['loop_overhead']:.1%}, {result['speedup']:.1f} times "
-            f"the conventional loop, {result['share_of_bf16_ceiling']['ours']:.0%} of the bf16 "
+            f"the conventional loop, {result['share_of_ceiling']['ours']:.0%} of the {precision} "
             f"ceiling, {result['seconds_per_epoch']['ours']:.0f} s an epoch of 50,000, "
             f"peak memory {result['peak_memory_gib']['ours']:.1f} GiB"
         )

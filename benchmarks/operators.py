@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import Execution, OtherLoad, choose_execution
+from cifar_lib.execution import Execution, choose_execution
 from cifar_lib.launch import restart_with_allocator
 from cifar_lib.train import train_epoch
 from cifar_lib.train_state import TrainState
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
     options = parser.parse_args()
-    load, limits, precision = OtherLoad(), ceilings(), choose_execution(TrainConfig()).precision
+    limits, precision = ceilings(), choose_execution(TrainConfig()).precision
     results = [shares(*case, options.repeats) for case in CASES]
     for result in results:
         median = {k: statistics.median(v) for k, v in result["seconds"].items()}
@@ -146,8 +146,7 @@ def main() -> None:
         median = {k: statistics.median(v) for k, v in result["seconds"].items()}
         told = ", ".join(f"{k} {1000 * v:.1f} ms" for k, v in median.items())
         print(f"batch norm and ReLU, {result['maps']}: {told}", flush=True)
-    facts = {"other_load": load.share(), "ceilings": limits}
-    write(options.out, **facts, results=results, merging=merged)
+    write(options.out, ceilings=limits, results=results, merging=merged)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
     for name, seconds in (("Ray", ray_seconds), ("in process", own_seconds), ("added", overhead)):
         span = f"{min(seconds):.2f} to {max(seconds):.2f}"
         print(f"{name:12}{statistics.median(seconds):6.2f} s a run, median of turns ({span})")
-    write(options.out, **record)
+    write(options.out, load=None, **record)  # Ray's workers are no children of this process
 
 
 if __name__ == "__main__":

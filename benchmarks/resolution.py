@@ -17,7 +17,7 @@ from loop import noise
 from timing import seconds, write
 
 from cifar_lib.config import TrainConfig
-from cifar_lib.execution import OtherLoad, choose_execution
+from cifar_lib.execution import choose_execution
 from cifar_lib.launch import restart_with_allocator
 from cifar_lib.models import flops_per_image
 from cifar_lib.train import train_epoch
@@ -49,7 +49,6 @@ def main() -> None:
         )
         states[model, size] = TrainState.start(config, 0, splits, execution)
     rates: dict[tuple[str, int], list[float]] = {case: [] for case in states}
-    load = OtherLoad()
     for turn in range(turns + 1):
         for case, state in states.items():
             spent = seconds(partial(train_epoch, state, execution), execution)
@@ -72,8 +71,7 @@ def main() -> None:
             f"{max(values):,.1f}), {results[-1]['times_as_long_as_32']:.1f} times as long as 32 px",
             flush=True,
         )
-    steps = {"batch_size": BATCH, "steps": turns * TURN, "other_load": load.share()}
-    write(options.out, **steps, results=results)
+    write(options.out, batch_size=BATCH, steps=turns * TURN, results=results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 
 from timing import write
 
-from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.config import ROOT, TrainConfig, parse_config
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.data import load_splits
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.execution import choose_execution

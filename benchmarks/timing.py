@@ -16,12 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_lib.config import TrainConfig
 from cifar_lib.execution import (
     Execution,
+    OtherLoad,
     choose_execution,
     describe_environment,
     describe_hardware,
     git_commit,
 )
 from cifar_lib.models import STORED_SIZE, build_model
+
+LOAD = OtherLoad()  # from the start of a benchmark
 
 
 def seconds(work: Callable[[], object], execution: Execution) -> float:
@@ -92,15 +95,18 @@ def flops_of_step(config: TrainConfig) -> int:
 
 
 def ceilings(repeats: int = 5) -> dict[str, float]:
-    """What the machine reaches: matrix products of 4096³ (2048³ on a CPU), a copy of 512 MiB."""
+    """What the machine reaches: matrix products of 4096³ (2048³ on a CPU), a copy of 512 MiB.
+
+    In bfloat16 only where it is chosen: without instructions for it a product takes minutes.
+    """
     execution, result = choose_execution(TrainConfig()), {}
     side = 4096 if execution.device.type == "cuda" else 2048
     a = torch.randn(side, side, device=execution.device)
-    b, big = a.bfloat16(), torch.zeros(2**27, device=execution.device)
+    b, big = a.to(execution.dtype), torch.zeros(2**27, device=execution.device)
     copy = torch.empty_like(big)
-    works = {"fp32": lambda: a @ a, "bf16": lambda: b @ b, "copy": lambda: copy.copy_(big)}
-    times = take_turns(works, execution, repeats)
-    for name in ("fp32", "bf16"):
+    works = {"fp32": lambda: a @ a, execution.precision: lambda: b @ b}
+    times = take_turns(works | {"copy": lambda: copy.copy_(big)}, execution, repeats)
+    for name in works:
         result[f"{name}_tflops"] = 2 * side**3 / statistics.median(times[name]) / 1e12
     result["copy_gb_per_second"] = 2 * 4 * 2**27 / statistics.median(times["copy"]) / 1e9
     return result
@@ -111,15 +117,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
-def write(out: Path | None, **record: Any) -> None:
-    """Writes what a benchmark measured, with the machine it was measured on."""
+def write(
+    out: Path | None,
+    *,
+    execution: Execution | None = None,
+    load: OtherLoad | None = LOAD,
+    **record: Any,
+) -> None:
+    """Writes what a benchmark measured, with the machine and what else it did meanwhile.
+
+    Args:
+        out: JSON file; None writes nothing.
+        execution: what was measured on; None is the default configuration's.
+        load: the clock of other work, of which it warns; None where it can not tell it apart.
+        record: what was measured.
+    """
+    share = load.share() if load else None
+    if share is not None and share > OtherLoad.NEGLIGIBLE:
+        print(
+            f"other work took {share:.0%} of the machine: these times are no measure of it",
+            file=sys.stderr,
+        )
     if out is None:
         return
-    execution = choose_execution(TrainConfig())
     facts = {
-        "hardware": describe_hardware(execution),
+        "hardware": describe_hardware(execution or choose_execution(TrainConfig())),
         "environment": describe_environment(),
         "git_commit": git_commit(),
+        "other_load": share,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts | record, indent=1) + "\n", "utf-8")

@@ -22,7 +22,7 @@ _PACKAGE = Path(__file__).resolve().parent  # not of the checkout: it may be ins
 
 # The rooms that decide what a run computes; plots, reports and the command line do not.
 TRAINING_ROOMS = (
-    "config.py",
+    "config*.py",
     "data*.py",
     "augment*.py",
     "fast*.py",
@@ -246,4 +246,5 @@ class OtherLoad:
     def _now() -> tuple[float, float, float]:
         machine = psutil.cpu_times()
         idle = machine.idle + getattr(machine, "iowait", 0.0)
-        return sum(machine[:8]) - idle, sum(psutil.Process().cpu_times()[:2]), time.perf_counter()
+        own = psutil.Process().cpu_times()[:4]  # and of its children that ended
+        return sum(machine[:8]) - idle, sum(own), time.perf_counter()
