@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 from torch import Tensor
 from torchvision.transforms import RandomErasing
+from torchvision.transforms.v2 import CutMix, MixUp
 
 from cifar_lib import augment, augment_mix
 from cifar_lib.config import TrainConfig
@@ -227,6 +228,10 @@ def test_random_erasing_is_distributed_as_torchvisions() -> None:
     rows, columns = erased.any(2).float(), erased.any(1).float()
     sides = rows.argmax(1), columns.argmax(1), rows.sum(1), columns.sum(1)
     ours = torch.stack(sides, 1).double().numpy()
+    for box, lost in zip(ours[:50].astype(int).tolist(), erased, strict=False):
+        assert torch.equal(
+            1 - lost, reference.erase(torch.ones(1, h, w), *box, torch.tensor(0.0))[0]
+        )
     assert np.array_equal(ours[:, 2] * ours[:, 3], erased.sum((1, 2)).numpy())  # whole, in place
     assert (ours[:, :2] + ours[:, 2:]).max(0).tolist() == [h, w]
     assert ours[:, 2:].max(0).tolist() == theirs[:, 2:].max(0).tolist()
@@ -271,6 +276,25 @@ def test_a_weight_is_the_share_that_stays() -> None:
     assert torch.equal(mixed, images[labels.argmax(1)])
     quarter = augment.mix(images, targets, torch.full((4, 1, 1, 1), 0.25), generator())[0]
     torch.testing.assert_close(quarter, 0.25 * images + 0.75 * mixed)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0)])
+def test_mixing_is_torchvisions_for_the_same_draws(monkeypatch, mixup, cutmix) -> None:
+    n, images, targets = 16, random_images(16).float(), torch.eye(16)
+    weights = augment.draw_mix_weights(n, *images.shape[2:], mixup, cutmix, generator())
+    # Theirs takes the neighbour in the batch for a partner, and one draw for the whole batch.
+    monkeypatch.setattr("torch.randperm", lambda n, **_: torch.arange(n).roll(1))
+    mixed, labels = augment.mix(images, targets, weights, generator())
+    for i, weight in enumerate(weights[:, 0]):
+        rows, columns = ((weight == 0).any(side).nonzero()[:, 0] for side in (1, 0))
+        draw: dict[str, Any] = {"labels": targets, "batch_size": n, "lam": weight.mean().item()}
+        draw["lam_adjusted"] = draw["lam"]
+        draw["box"] = [0] * 4
+        if len(rows):
+            draw["box"] = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        theirs = MixUp(num_classes=n) if mixup else CutMix(num_classes=n)
+        torch.testing.assert_close(mixed[i], theirs.transform(images, draw)[i])
+        torch.testing.assert_close(labels[i], theirs.transform(targets, draw)[i])
 
 
 def test_cutmix_takes_one_box_of_the_drawn_area() -> None:
