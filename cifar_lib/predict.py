@@ -26,7 +26,7 @@ FORMATS = ("table", "csv", "json")
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SHIPPED = Path(__file__).with_name("shipped")
 """A finished run with its weights in half precision, small enough for the repository."""
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 110_000_000  # what the largest cameras take
 """A larger picture is refused before it is decoded: a small file can unpack to gigabytes."""
 
 
