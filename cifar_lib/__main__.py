@@ -43,7 +43,7 @@ def study(
         str, typer.Option(help="Who trains what is missing: local (this machine) or ray.")
     ] = "local",
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time on a machine; they share its cores.")
+        int | None, typer.Option(min=1, help="Runs at a time a machine; they share cores and GPUs.")
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster: auto or HOST:PORT; without, Ray starts here.")
@@ -86,7 +86,8 @@ def train(
     processes. OMP_NUM_THREADS above 1 sets the threads of each; else the cores are divided.
     """
     from cifar_lib import distributed
-    from cifar_lib.config import TrainConfig, parse_config, read_yaml
+    from cifar_lib.config import TrainConfig, parse_config
+    from cifar_lib.config_yaml import read_yaml
     from cifar_lib.study import runs
     from cifar_lib.study_sweep import REPORT_ONLY
 

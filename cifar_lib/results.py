@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cifar_lib.config import TrainConfig, config_of, read_yaml
+from cifar_lib.config import TrainConfig, config_of
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.execution import OtherLoad
 from cifar_lib.files import write_atomic, write_json
 

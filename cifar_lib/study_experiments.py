@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import papermill
 from pydantic import Field, TypeAdapter, ValidationError
 
-from cifar_lib.config import ROOT, TrainConfig, config_of, read_yaml
+from cifar_lib.config import ROOT, TrainConfig, config_of
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.files import inside, plain_name, shown
 from cifar_lib.study_runs import check_seeds
 from cifar_lib.study_sweep import read_sweep, search_of

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_lib import results
-from cifar_lib.config import ROOT, TrainConfig, parse_config, read_yaml
+from cifar_lib.config import ROOT, TrainConfig, parse_config
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.data import Splits, load_splits
 from cifar_lib.reports_runs import published_runs
 from cifar_lib.study_runs import FRESH, check_seeds, runs
@@ -69,7 +70,10 @@ def read_sweep(path: str | Path, seeds: Sequence[int] = ()) -> Sweep:
         raise ValueError(f"{where}: question: got {question!r}; allowed is one sentence")
     base = values.get("base")
     if isinstance(base, str):
-        base = {k: v for k, v in read_yaml(path.parent / base).items() if k not in REPORT_ONLY}
+        try:
+            base = {k: v for k, v in read_yaml(path.parent / base).items() if k not in REPORT_ONLY}
+        except ValueError as error:
+            raise ValueError(f"{where}: base: {error}") from None
     if not isinstance(base, dict):
         raise ValueError(f"{where}: base: got {base!r}; allowed are fields or a parameter file")
     default = check_seeds(values.get("seeds", [0]), where)

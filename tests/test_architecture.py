@@ -37,7 +37,7 @@ ROOMS = [
     "__main__",
 ]
 LINES_OF_A_FILE = 300
-CODE_LINES_OF_THE_LIBRARY = 4670
+CODE_LINES_OF_THE_LIBRARY = 4800
 
 
 def room_of(module: str) -> str:
@@ -114,7 +114,8 @@ def test_a_file_is_read_in_one_sitting(path: Path) -> None:
 
 
 def test_the_library_stays_small() -> None:
-    assert sum(map(code_lines, FILES)) < CODE_LINES_OF_THE_LIBRARY
+    count = sum(map(code_lines, FILES))
+    assert count <= CODE_LINES_OF_THE_LIBRARY, "remove what no longer wins, or say why it may grow"
 
 
 def lines(path: Path) -> int:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data_sources import picture, write_pictures
 
-from cifar_lib.config import TrainConfig, parse_config, read_yaml
+from cifar_lib.config import TrainConfig, parse_config
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.data import load_dataset
 from cifar_lib.data_sources import find_source, read_source
 from cifar_lib.files import write_atomic

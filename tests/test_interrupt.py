@@ -201,7 +201,8 @@ def test_a_killed_study_leaves_no_worker(clone):
 def test_a_kernel_that_is_interrupted_lives_on_with_the_state_kept(clone):
     code = textwrap.dedent(
         """
-        from cifar_lib.config import parse_config, read_yaml
+        from cifar_lib.config import parse_config
+        from cifar_lib.config_yaml import read_yaml
         from cifar_lib.study_runs import runs
         values = read_yaml("params/toy/one.yaml")
         del values["question"]

@@ -21,7 +21,8 @@ from cifar_lib import (
     train_state,
 )
 from cifar_lib import train as train_module
-from cifar_lib.config import ROOT, read_yaml
+from cifar_lib.config import ROOT
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.data import load_dataset
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_sweep import read_sweep
