@@ -164,10 +164,11 @@ class LocalEngine:
         """Starts the processes.
 
         Args:
-            jobs: how many, at least 1; they share the threads that one run would have.
+            jobs: how many, at least 1; they share the threads that one run would have, and
+                have the GPUs in turn.
         """
         self.threads = max(1, torch.get_num_threads() // jobs)
-        self.idle = [self._start_process() for _ in range(jobs)]
+        self.idle = [self._start_process(number) for number in range(jobs)]
         self.busy: dict[Connection, tuple[SpawnProcess, Task, int]] = {}
 
     @property
@@ -182,7 +183,7 @@ class LocalEngine:
             connection.send(task)
         except OSError:  # it died while it waited
             process.join()
-            process, connection = self._start_process()
+            process, connection = self._start_process(int(process.name))
             connection.send(task)
         self.busy[connection] = process, task, tries
 
@@ -197,7 +198,7 @@ class LocalEngine:
                 self.idle.append((process, connection))
             except (EOFError, OSError):
                 process.join()
-                self.idle.append(self._start_process())
+                self.idle.append(self._start_process(int(process.name)))
                 if tries <= RETRIES:
                     self.start(task, tries + 1)
                 else:
@@ -211,16 +212,25 @@ class LocalEngine:
             process.terminate()
             process.join()
 
-    def _start_process(self) -> tuple[SpawnProcess, Connection]:
+    def _start_process(self, number: int) -> tuple[SpawnProcess, Connection]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.threads), daemon=True)
+        process = context.Process(
+            target=_serve, args=(theirs, self.threads, number), name=str(number), daemon=True
+        )
         process.start()
         theirs.close()  # so that the death of the process is the end of the connection
         return process, ours
 
 
-def _serve(connection: Connection, threads: int) -> None:
+def take_gpu(number: int) -> None:
+    """Makes a GPU this process's own, if there are any: the first process's is the first."""
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(number % gpus)
+
+
+def _serve(connection: Connection, threads: int, number: int) -> None:
+    take_gpu(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes, in order:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -255,16 +255,27 @@ def test_a_mistake_about_engines_is_one_line(swept, call, monkeypatch, words, sa
 # --- processes ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("gpus", "taken"), [(0, []), (1, [0, 0, 0]), (2, [0, 1, 0])])
+def test_processes_have_the_gpus_in_turn(monkeypatch, gpus, taken):
+    monkeypatch.setattr(study_engine.torch.cuda, "device_count", lambda: gpus)
+    chosen = []
+    monkeypatch.setattr(study_engine.torch.cuda, "set_device", chosen.append)
+    for number in range(3):
+        study_engine.take_gpu(number)
+    assert chosen == taken
+
+
 def test_a_process_that_died_while_it_waited_is_replaced(tmp_path, digits, tiny):
     task = make_task(tmp_path, digits, tiny(epochs=1))
     task.folder.mkdir(parents=True)
-    engine = LocalEngine(1)
+    engine = LocalEngine(2)
     try:
-        ((process, _),) = engine.idle
+        process, _ = engine.idle[-1]
         process.kill()
         process.join()
         engine.start(task)
         assert engine.finished(timeout=60) == [(task, "")] and missing([task]) == []
+        assert [process.name for process, _ in engine.idle] == ["0", "1"]  # and so the same GPU
     finally:
         engine.close()
 
@@ -403,7 +414,7 @@ def test_a_sweep_survives_the_loss_of_a_node(tmp_path, digits, tiny, monkeypatch
 
 def test_processes_share_the_threads_that_one_run_would_have(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(study_engine.torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(LocalEngine, "_start_process", lambda self: None)
+    monkeypatch.setattr(LocalEngine, "_start_process", lambda self, number: None)
     assert [LocalEngine(jobs).threads for jobs in (1, 3, 9)] == [8, 2, 1]
     given = []
     monkeypatch.setattr(study_engine.torch, "set_num_threads", given.append)
