@@ -151,13 +151,13 @@ def overfitting(train: pd.Series, val: pd.Series) -> dict[str, Any]:
         val: validation loss, likewise.
 
     Returns:
-        lowest_at, the epoch; rise from it to the last, and usual, nats; shown, whether it overfits.
+        lowest_at, the epoch; rise between those means, and usual, nats; shown, whether it overfits.
     """
     lowest = int(val.to_numpy().argmin())
-    rise, usual = float(val.iloc[-1] - val.iloc[lowest]), float(val.diff().abs().median())
-    around = val.rolling(3, center=True, min_periods=1).mean().iloc[lowest]
-    rose = bool(val.iloc[-3:].mean() - around > 2 * usual)
-    shown = rose and bool(train.iloc[-1] < train.iloc[lowest])
+    start = max(0, min(lowest - 1, len(val) - 3))  # of three epochs, the lowest among them
+    rise = float(val.iloc[-3:].mean() - val.iloc[start : start + 3].mean())
+    usual = float(val.diff().abs().median())
+    shown = bool(rise > 2 * usual and train.iloc[-1] < train.iloc[lowest])
     return {"lowest_at": val.index[lowest], "rise": rise, "usual": usual, "shown": shown}
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cifar_lib import fast_gradients, fast_winograd
 
-# Pixels of the output map up to which one product makes the weight gradient faster than oneDNN.
+# Pixels of the output map up to which one product makes the weight gradient faster than oneDNN, in
+# float32; in bfloat16 it does up to 9 pixels, and at 16 the two are within the noise.
 LARGEST_AREA = 16
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
@@ -165,7 +166,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution whose gradients are made of what oneDNN has fast kernels for.
 
     In bfloat16 it has none for the input gradient of stride 2 and the weight gradient of kernels
-    wider than 3: both passes together take 3 to 32 times as long (`benchmarks/fast_paths.py`).
+    wider than 3: both passes together take 5 to 25 times as long (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:

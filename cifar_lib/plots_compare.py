@@ -66,8 +66,19 @@ def accuracy_vs_cost(
     style = "machine" if timed and points["machine"].nunique() > 1 else None
     colors = {SCRATCH: BLUE, "ImageNet's weights": ORANGE}
     markers = dict(zip(points[style].unique(), cycle(MARKERS), strict=False)) if style else True
-    how = {"hue": "start", "palette": colors, "style": style, "markers": markers, "zorder": 3}
-    seaborn.scatterplot(points, x=cost, y="test_accuracy", ax=ax, s=80, linewidth=0, **how)
+    seaborn.scatterplot(
+        points,
+        x=cost,
+        y="test_accuracy",
+        hue="start",
+        palette=colors,
+        style=style,
+        markers=markers,
+        ax=ax,
+        s=80,
+        linewidth=0,
+        zorder=3,
+    )
     if (legend := ax.get_legend()) is not None:
         legend.remove()
     # The names without seaborn's headings, which are the columns'.
@@ -78,8 +89,12 @@ def accuracy_vs_cost(
     ax.set_xlim(x.min() / 2, x.max() * 2)  # room for the labels, and at least two ticks
     note = "; white centre: at most, beside other work" if timed else ""
     # A logit scale, as a point more means more, the nearer it lies to 100 %.
-    says = {"xlabel": f"{COSTS[cost]} (log scale{note})", "ylabel": "test accuracy (logit scale)"}
-    ax.set(xscale="log", yscale="logit", **says)
+    ax.set(
+        xscale="log",
+        yscale="logit",
+        xlabel=f"{COSTS[cost]} (log scale{note})",
+        ylabel="test accuracy (logit scale)",
+    )
     drawn = logit(points[["test_accuracy", "low", "high"]].to_numpy(float))
     ends = np.array([np.nanmin(drawn), np.nanmax(drawn)])
     ax.set_ylim(*expit(ends + max(0.15 * np.ptp(ends), 0.1) * np.array([-1, 1])))
@@ -119,6 +134,15 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
         capsize=3,
         label="measured here (mean, 95 % interval over seeds)",
     )
+    ax.plot(
+        frame["values"].explode().astype(float),
+        np.repeat(rows, frame["n"]) + 0.25,
+        ".",
+        color=BLUE,
+        alpha=0.5,
+        markersize=5,
+        label="each seed",
+    )
     diamonds = ax.plot(frame["reported"], rows, "D", color=ORANGE, label="reported by the source")
     diamonds[0].set(markerfacecolor="white", markeredgewidth=1.8, markersize=7)
     told = [f"{r.study}: {r.experiment}\n{r.reported_on}, n = {r.n}" for r in frame.itertuples()]
@@ -126,7 +150,7 @@ def reported_vs_measured(frame: pd.DataFrame, *, caption_text: str = "") -> Char
     ax.margins(x=0.06)
     ax.set(ylim=(len(frame) - 0.5, -0.5), xlabel="accuracy")
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(fontsize=9, frameon=False, ncols=2, loc="outside upper center")
+    figure.legend(fontsize=9, frameon=False, ncols=3, loc="outside upper center")
     return caption(figure, caption_text)
 
 
@@ -158,6 +182,14 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
     long = points["notebook"].str[:2] + "/" + short
     told = zip(x, y, short.where(~short.duplicated(keep=False), long), strict=True)
     names = [ax.text(left, top, name, fontsize=9) for left, top, name in told]
-    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
-    room = {"expand": (1.3, 2.2), "force_text": (0.2, 0.5), "force_static": (0.6, 1.2)}
-    adjust_text(names, x, y, ax=ax, iter_lim=1000, arrowprops=line, **room)
+    adjust_text(
+        names,
+        x,
+        y,
+        ax=ax,
+        iter_lim=1000,
+        expand=(1.3, 2.2),
+        force_text=(0.2, 0.5),
+        force_static=(0.6, 1.2),
+        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8},
+    )

@@ -32,7 +32,7 @@ COLUMNS = [
     "status",
 ]
 COUNTS = ["n", "n_train", "parameters"]
-LIKE_FOR_LIKE = ["study", "experiment", "reported_on", "n", "reported", "measured"]
+LIKE_FOR_LIKE = ["study", "experiment", "reported_on", "n", "reported", "measured", "values"]
 
 
 def systems_frame(systems: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
@@ -83,7 +83,7 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
 
     Returns:
         Columns study, experiment, reported_on, reported, measured, low, high (0..1; the interval
-        over n seeds, NaN for one) and n.
+        over n seeds, NaN for one), n and values, a list of each seed's.
     """
     ran = {f"{s['notebook']}/{s['experiment']}".removesuffix("-quick"): s for s in summaries}
     rows = []
@@ -93,7 +93,7 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
         values = [run.get([*measure, "test_accuracy"][0]) for run in runs]
         if values and None not in values:
             interval = mean_interval(values)
-            rows.append(system | asdict(interval) | {"measured": interval.mean})
+            rows.append(system | asdict(interval) | {"measured": interval.mean, "values": values})
     return (
         pd.DataFrame(rows)
         .rename(columns={"reported_accuracy": "reported"})

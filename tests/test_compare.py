@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 from cifar_lib import plots_compare
-from cifar_lib.config import ROOT, read_yaml
+from cifar_lib.config import ROOT
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.reports_compare import COLUMNS, like_for_like, systems_frame
 
 SYSTEMS = pd.read_csv(ROOT / "params/05_compare/systems.csv")
@@ -95,6 +96,7 @@ def test_a_reported_accuracy_stands_beside_the_same_measure_of_ours():
     half = 4.302653 * 0.01 / 3**0.5  # Student's, two degrees of freedom
     beside = told.loc["B", ["reported", "low", "high", "n"]].tolist()
     assert beside == pytest.approx([0.7846, 0.81 - half, 0.81 + half, 3], abs=1e-7)
+    assert told.loc["B", "values"] == pytest.approx([0.8, 0.81, 0.82])
     assert like_for_like(SYSTEMS, []).empty
 
 

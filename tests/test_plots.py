@@ -59,6 +59,7 @@ def told() -> pd.DataFrame:
             "measured": [0.93, 0.9],
             "low": [0.925, np.nan],
             "high": [0.935, np.nan],
+            "values": [[0.928, 0.93, 0.932], [0.9]],
         }
     )
 
@@ -329,6 +330,9 @@ def test_reported_vs_measured_pairs_the_dots() -> None:
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0.93, 0.9])
     (interval,) = [s for s in ax.collections[1].get_segments() if not np.isnan(s).any()][:1]
     np.testing.assert_allclose(interval[:, 0], [0.925, 0.935])
+    seeds = lines["each seed"].get_xydata()
+    np.testing.assert_allclose(seeds[:, 0], [0.928, 0.93, 0.932, 0.9])
+    assert np.floor(seeds[:, 1]).tolist() == [0, 0, 0, 1]
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["D: 03/slow\ntest, n = 3", "airbench: 02/fast\ntest, with TTA, n = 1"]
 

@@ -3,7 +3,8 @@
 import pytest
 
 from cifar_lib import index
-from cifar_lib.config import ROOT, config_of, read_yaml
+from cifar_lib.config import ROOT, config_of
+from cifar_lib.config_yaml import read_yaml
 from cifar_lib.reports import Report, read_summaries
 from cifar_lib.study_experiments import check_parameters, load_preset
 from cifar_lib.study_sweep import read_sweep
@@ -49,13 +50,14 @@ def test_at_half_width_the_remedies_are_the_same_and_plain_and_pair_those_of_the
     """So these are trained once, and paired by seed with each remedy alone."""
     names = ("remedies", "depths", "remedies-half")
     full, depths, half = (read_sweep(f"{OVERFITTING}/{name}.yaml") for name in names)
-    plain, *others = half.variants
+    plain, *others, best = half.variants
     for name in (plain, others[-1]):
         assert half.variants[name] == depths.variants[name]
+    worth = {name: changes(half.variants[name], half.variants[plain]) for name in (*others, best)}
     for name in others:
-        of_full = changes(full.variants[name], full.variants[plain])
-        assert changes(half.variants[name], half.variants[plain]) == of_full
-    assert len(others) == 4 and "half width" in half.question
+        assert worth[name] == changes(full.variants[name], full.variants[plain])
+    assert worth[best] == worth["vgg16-augmentation"] | worth["vgg16-dropout"]
+    assert len(others) == 4 and best == "vgg16-best-pair" and "half width" in half.question
     assert half.seeds[plain] == depths.seeds[plain]
 
 

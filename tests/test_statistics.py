@@ -35,9 +35,8 @@ def test_a_run_overfits_where_validation_loss_rises_more_than_it_wavers() -> Non
     rises = pd.Series([1.5, 1.0, 1.1, 1.3, 1.5, 1.6], index=falls.index)
     found = overfitting(falls, rises)
     # The last three are 1.467 on average, those around the lowest 1.2: 0.267 apart, of 0.2 usual.
-    assert found == {
-        "lowest_at": 2, "rise": pytest.approx(0.6), "usual": pytest.approx(0.2), "shown": False
-    }  # fmt: skip
+    rise, usual = pytest.approx(4.4 / 3 - 1.2), pytest.approx(0.2)
+    assert found == {"lowest_at": 2, "rise": rise, "usual": usual, "shown": False}
     steeper = pd.Series([1.1, 1.0, 1.2, 1.4, 1.6, 1.8], index=falls.index)  # 0.5 apart
     assert overfitting(falls, steeper)["shown"]
     # Up and down by as much as it ends above its lowest point: nothing was shown.
@@ -46,6 +45,8 @@ def test_a_run_overfits_where_validation_loss_rises_more_than_it_wavers() -> Non
     # Both losses rise: the run falls apart, it does not overfit.
     assert not overfitting(falls[::-1].set_axis(falls.index), steeper)["shown"]
     assert not overfitting(falls[:1], steeper[:1])["shown"]
+    # Lowest at the end: nothing rose.
+    assert overfitting(falls, falls)["rise"] == 0
 
 
 def test_a_run_that_recovered_by_its_end_does_not_overfit() -> None:
