@@ -27,7 +27,7 @@ from cifar_lib.study_engine import tasks_of
 from cifar_lib.study_experiments import Experiment, papermill_path
 from cifar_lib.study_runs import FRESH, RUNS
 
-FILES = ("sweep", "systems", "reported_curve")
+FILES = ("sweep", "stages", "systems", "reported_curve")
 """Parameters that name a file, from the root of the checkout."""
 
 

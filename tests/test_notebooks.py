@@ -101,7 +101,7 @@ def test_an_interval_in_the_readme_is_one_of_the_report_that_it_links(name):
         for path in linked:
             summary = json.loads((ROOT / path / "summary.json").read_text())
             answers = " ".join(summary.get("answer", []))
-            rows = re.findall(r"([+-][\d.]+) \w+ \[([+-][\d.]+), ([+-][\d.]+)\]", answers)
+            rows = re.findall(r"([+-]?[\d.]+)(?: \w+)? \[([+-]?[\d.]+), ([+-]?[\d.]+)\]", answers)
             measured += [[abs(float(x)) for x in row] for row in rows]
             if reached := summary["test_accuracy"]:
                 measured.append([100 * (reached[key] or 0) for key in ("mean", "low", "high")])

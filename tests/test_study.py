@@ -343,6 +343,7 @@ def test_every_notebook_parameter_means_something():
         "reported_on",
         "reported_curve",
         "reports_dir",
+        "stages",
         "systems",
         "sweep",
     }
