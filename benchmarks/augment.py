@@ -151,8 +151,13 @@ def main() -> None:
         columns = f"{base:>8,.0f} {spans[0]:16}{fast:>10,.0f} {spans[1]:22}"
         print(f"{name:40}{columns}{fast / base:>6.1f}", flush=True)
         results.append({"name": name, "images_per_second": both, "ratio": fast / base})
-    record = {"batch_size": BATCH, "images": options.images, "results": results}
-    write(options.out, execution=execution, **record)
+    write(
+        options.out,
+        execution=execution,
+        batch_size=BATCH,
+        images=options.images,
+        results=results,
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def study(
         str, typer.Option(help="Who trains what is missing: local (this machine) or ray.")
     ] = "local",
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time a machine; they share cores and GPUs.")
+        int | None,
+        typer.Option(min=1, help="Runs at a time on a machine; they share its cores and GPUs."),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster: auto or HOST:PORT; without, Ray starts here.")

@@ -78,6 +78,7 @@ def curves_by_panel(
         caption_text: see `caption`; what thin and thick are is added where seeds are several.
     """
     panels, lines = metrics["panel"].unique(), metrics["line"].unique()
+    measured = {column: style for column, style in columns.items() if column in metrics}
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     figure, axes = new_figure(2.8 * down + 0.4, rows=down, columns=across)
@@ -85,12 +86,10 @@ def curves_by_panel(
     for ax, panel in zip(axes, panels, strict=False):
         ax.sharey(axes[0])
         for name, part in metrics[metrics["panel"] == panel].groupby("line", sort=False):
-            for column in (c for c in columns if c in metrics):
+            for column, style in measured.items():
                 by_seed = part.pivot(index="epoch", columns="seed", values=column).astype(float)
                 for y, width, alpha in ((by_seed, 0.7, 0.4), (by_seed.mean(axis="columns"), 2, 1)):
-                    for line in ax.plot(
-                        by_seed.index, y, columns[column], linewidth=width, alpha=alpha
-                    ):
+                    for line in ax.plot(by_seed.index, y, style, linewidth=width, alpha=alpha):
                         line.set_color(colors[name])
         ax.set_title(str(panel), loc="left", fontsize=10)
         ax.set_xlabel("epoch")

@@ -193,9 +193,8 @@ def check_parameters(parameters: dict[str, Any], notebook: Path, where: str | Pa
         try:
             rule.validate_python(parameters[name], strict=True)
         except ValidationError as error:
-            raise ValueError(
-                f"{where}: {name}: got {parameters[name]!r}; {error.errors()[0]['msg']}"
-            ) from None
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{where}: {name}: got {parameters[name]!r}; {reason}") from None
     try:
         config = config_of(parameters)
         if "model" in parameters:
