@@ -96,8 +96,8 @@ def train(
         values = {k: v for k, v in read_yaml(params).items() if k not in REPORT_ONLY}
         if {"base", "variants", "grid"} & values.keys():
             raise ValueError(
-                f"{params}: a sweep, which a notebook runs: papermill notebooks/07_choices.ipynb "
-                f"out.ipynb -p sweep {params} -p experiment {params.stem}"
+                f"{params}: a sweep; list it in params/study.yaml if it is not, then: "
+                f"python -m cifar_lib study --preset full --only '*/{params.stem}'"
             )
         for assignment in parameter or []:
             name, equals, text = assignment.partition("=")

@@ -21,7 +21,8 @@ def augmented_views(
         views: how many; each is drawn as for another epoch.
 
     Returns:
-        `views` tensors, uint8 (N, 3, H, W); what Cutout fills shows as the mean colour.
+        `views` tensors, uint8 (N, 3, H, W), as large as their epoch has them; what Cutout fills
+        shows as the mean colour.
     """
     shown = []
     for view in range(views):

@@ -68,14 +68,18 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 
     Returns:
         The state, on the CPU; None when there is none. A torn or altered file is named in a
-        warning and the one before it is used.
+        warning, removed, and the one before it is used.
 
     Raises:
         ValueError: a file is whole but no training state; nothing in it was run.
     """
-    for path in _states(run_dir):
+    states = _states(run_dir)
+    for path in states:
         if (payload := _whole(path)) is not None:
-            return _parse(payload, path)
+            state = _parse(payload, path)
+            for torn in states[: states.index(path)]:
+                torn.unlink()  # or the next save would move it over the whole one
+            return state
         logger.warning(
             "%s is torn or altered (checksum differs); using the state before it", shown(path)
         )

@@ -27,7 +27,8 @@ def hires_cam(model: nn.Module, images: Tensor, *, mean: Tensor, std: Tensor) ->
         std: float (3,), likewise.
 
     Returns:
-        float32 (N, H, W) on the CPU, 0..1, the largest value of each image 1.
+        float32 (N, H, W) on the CPU, 0..1; the largest value of each image is 1, or all are 0
+        where nothing speaks for the class.
 
     Source: Draelos and Carin, HiResCAM, arXiv 2011.08891, section 3; after Grad-CAM, 1610.02391.
     """

@@ -59,7 +59,8 @@ def orthogonalize(matrix: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 
     Args:
         matrix: float (R, C).
-        steps: Newton-Schulz iterations; the singular values end between about 0.5 and 1.5.
+        steps: Newton-Schulz iterations. After three, singular values above about 0.013 of the
+            Frobenius norm end between 0.5 and 1.3, smaller ones grow about forty times.
 
     Returns:
         float (R, C), of the matrix's dtype; computed in bfloat16.

@@ -88,7 +88,9 @@ def curves_by_panel(
         for name, part in metrics[metrics["panel"] == panel].groupby("line", sort=False):
             for column, style in measured.items():
                 by_seed = part.pivot(index="epoch", columns="seed", values=column).astype(float)
-                for y, width, alpha in ((by_seed, 0.7, 0.4), (by_seed.mean(axis="columns"), 2, 1)):
+                by_seed = by_seed.dropna(axis="columns", how="all")
+                mean = by_seed.mean(axis="columns", skipna=False)
+                for y, width, alpha in ((by_seed, 0.7, 0.4), (mean, 2, 1)):
                     for line in ax.plot(by_seed.index, y, style, linewidth=width, alpha=alpha):
                         line.set_color(colors[name])
         ax.set_title(str(panel), loc="left", fontsize=10)

@@ -129,7 +129,10 @@ def compare_with_report(
         raise ValueError(f"{report}: no report with predictions; there are {', '.join(known)}")
     summary = json.loads((root / report / "summary.json").read_text(encoding="utf-8"))
     if summary["dataset"]["sha256"] != run.summary["dataset"]["sha256"]:
-        ours, theirs = run.summary["dataset"]["name"], summary["dataset"]["name"]
+        ours, theirs = (
+            f"{data['name']}, SHA-256 {data['sha256'][:8]}…"
+            for data in (run.summary["dataset"], summary["dataset"])
+        )
         raise ValueError(f"{run.path}: its data ({ours}) are not those of {report} ({theirs})")
     if not (run.path / LOGITS).is_file():
         raise ValueError(f"{run.path}: has no {LOGITS}; train a run of this configuration")

@@ -19,6 +19,7 @@ from cifar_lib.study_execute import (
     input_key,
     is_up_to_date,
     log_path,
+    replaced_runs,
     scratch_folder,
     take_back_report,
     without_told_seeds,
@@ -76,7 +77,7 @@ def study(
     experiments = load_preset(preset, only, n_seeds)
     for experiment in experiments:
         take_back_report(experiment)
-        if n_seeds is not None and preset not in FRESH:
+        if preset not in FRESH:
             check_keeps_seeds(experiment)
     minutes = {e.label: e.minutes for e in experiments}
     left = sum(minutes.values())
@@ -119,6 +120,9 @@ def study(
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
         guess = (minutes[experiment.label] + left) * (spent + 5) / (expected + 5)
         say(f"{head}: running, about {duration(60 * guess)} left for all")
+        if n := replaced_runs(experiment):
+            where = experiment.destination.relative_to(ROOT)
+            say(f"{head}: {where} tells of {n} runs of other data or another recipe: replaced")
         began = time.perf_counter()
         try:
             execute(experiment if force else without_told_seeds(experiment), key, console)

@@ -88,6 +88,18 @@ def without_told_seeds(experiment: Experiment) -> Experiment:
     return replace(experiment, seeds=left or experiment.seeds)
 
 
+def replaced_runs(experiment: Experiment) -> int:
+    """How many runs its report tells of that are of other data or another recipe.
+
+    Their figures go when the new report is moved into place; 0 where reports are not published.
+    """
+    if experiment.preset in FRESH:
+        return 0
+    asked = {task.folder.name.partition("-")[2] for task in tasks_of([experiment])}
+    told = published_runs(experiment.destination)
+    return sum(name.partition("-")[2] not in asked for name in told)
+
+
 def check_keeps_seeds(experiment: Experiment) -> None:
     """Refuses seeds that would leave some out of a sweep's report, which is replaced whole.
 
@@ -97,10 +109,11 @@ def check_keeps_seeds(experiment: Experiment) -> None:
     if "sweep" not in experiment.parameters:
         return  # a stage's report keeps them
     told = {run.seed for run in published_runs(experiment.destination).values()}
-    if lost := sorted(told - set(experiment.seeds)):
+    if lost := sorted(told - {seed for _, _, seed in experiment.runs}):
         raise ValueError(
-            f"--seeds: {shown(experiment.destination)} tells of seeds {lost} too, which would be "
-            f"lost: ask for at least {max(told) + 1}, or delete it to begin anew"
+            f"{shown(experiment.destination)} tells of seeds {lost} too, which would be lost: ask "
+            f"for them (--seeds {max(told) + 1}, or seeds in {experiment.parameters['sweep']}), or "
+            "delete it to begin anew"
         )
 
 

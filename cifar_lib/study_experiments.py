@@ -97,7 +97,7 @@ def notebook_parameters(notebook: Path) -> dict[str, Any]:
 
 
 def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> list[Experiment]:
-    """Reads and checks every experiment of a preset before anything runs.
+    """Reads and checks every experiment of a preset that is asked for, before anything runs.
 
     Args:
         preset: a name in `params/study.yaml`.
@@ -115,20 +115,22 @@ def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> lis
         raise ValueError(
             f"unknown preset {preset!r}; params/study.yaml has: {', '.join(map(str, presets))}"
         )
-    experiments = [_read_experiment(preset, entry) for entry in presets[preset]]
-    labels = [experiment.label for experiment in experiments]
+    entries = [(_label(preset, entry), entry) for entry in presets[preset]]
+    labels = [label for label, _ in entries]
     if len(set(labels)) < len(labels):
         raise ValueError(f"params/study.yaml: preset {preset!r} names an experiment twice")
-    chosen = [e for e in experiments if fnmatch.fnmatch(e.label, only)]
-    if not chosen:
+    asked = [entry for label, entry in entries if fnmatch.fnmatch(label, only)]
+    if not asked:
         raise ValueError(f"--only {only!r} matches none of: {', '.join(labels)}")
+    chosen = [_read_experiment(preset, entry) for entry in asked]
     if n_seeds is not None:
         seeds = list(range(n_seeds))
         chosen = [replace(e, seeds=seeds) for e in chosen]
     return chosen
 
 
-def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
+def _label(preset: str, entry: Any) -> str:
+    """The label of an entry in study.yaml that has what an experiment needs; refuses others."""
     known = {"notebook", "params", "seeds", "minutes_per_seed"}
     if (
         not isinstance(entry, dict)
@@ -139,6 +141,10 @@ def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
             f"params/study.yaml, preset {preset!r}: got {entry!r}; an experiment has "
             f"notebook, params and optionally seeds, minutes_per_seed"
         )
+    return f"{entry['notebook']}/{Path(entry['params']).stem}"
+
+
+def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
     seeds = check_seeds(entry.get("seeds", [0]), entry["params"])
     minutes = entry.get("minutes_per_seed", 1.0)
     if not isinstance(minutes, int | float) or minutes <= 0:

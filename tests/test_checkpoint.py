@@ -46,6 +46,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, caplog, d
     with caplog.at_level(logging.WARNING):
         assert load_checkpoint(tmp_path)["epoch"] == 1
     assert "last.pt" in caplog.text and "checksum" in caplog.text
+    save_checkpoint(tmp_path, state(3))
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert load_checkpoint(tmp_path)["epoch"] == 1  # not lost to the torn one at the next save
 
 
 def test_what_is_set_aside_is_the_state_that_was_read(tmp_path):

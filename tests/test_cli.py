@@ -61,7 +61,7 @@ def test_each_command_explains_itself(call, command):
         (["train", "PARAMS", "-p", "lr=1"], "unknown field 'lr'"),
         (["train", "PARAMS", "-p", "model=big"], "model: got 'big'"),
         (["train", "PARAMS", "--seed", "-1"], "--seed"),
-        (["train", SWEEP], "a sweep, which a notebook runs: papermill notebooks/07_choices.ipynb"),
+        (["train", SWEEP], "a sweep; list it in params/study.yaml if it is not, then: "),
         (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=EMPTY"], "EMPTY"),
         (["data", "--dataset", "cifar100"], "dataset: got 'cifar100'"),
         (["evaluate", "EMPTY"], "not a finished run"),

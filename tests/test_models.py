@@ -198,3 +198,10 @@ def test_refusals_are_one_line_with_field_value_and_what_is_allowed(
 
 def test_vgg_is_made_for_32_pixels() -> None:
     assert VGG((1, 1, 1, 1, 1), width=0.1).features(images(1)).shape == (1, 51, 1, 1)
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"efficientnet_lite0"}))
+def test_every_model_takes_enlarged_images(name: str) -> None:
+    options = {} if name == "imagenet_resnet18" else {"width": 0.125}
+    config = TrainConfig(model=name, image_size=64, **options)
+    assert build_model(config, num_classes=10).eval()(images(1)).shape == (1, 10)

@@ -95,6 +95,13 @@ def test_curves_are_a_thin_line_a_seed_and_a_thick_mean() -> None:
     assert first.get_ylim() == second.get_ylim()
 
 
+def test_a_mean_ends_with_the_seed_that_stopped_first() -> None:
+    frame = history().query("not (seed == 1 and epoch == epoch.max())")
+    figure = plots_sweep.curves_by_panel(frame, {"val_loss": "-"}, ylabel="loss (nats)")
+    thick = next(line for line in figure.axes[0].lines if line.get_linewidth() == 2)
+    np.testing.assert_allclose(thick.get_ydata(), [0.6, 0.7, np.nan])
+
+
 def test_what_was_not_measured_is_not_drawn() -> None:
     frame = history(panels="abcd").assign(clean_train_loss=np.nan)
     columns = {"clean_train_loss": "-", "running_loss": ":"}  # the second is no column at all

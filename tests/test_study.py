@@ -14,6 +14,7 @@ from filelock import FileLock
 from cifar_lib import (
     reports,
     study,
+    study_engine,
     study_execute,
     study_experiments,
     study_runs,
@@ -172,10 +173,16 @@ def test_a_report_whose_replacement_was_killed_half_way_is_taken_back(checkout):
     assert (place / "summary.json").is_file() and not list(place.parent.glob(".*"))
 
 
-def test_seeds_that_would_leave_some_out_of_a_sweeps_report_are_refused():
-    with pytest.raises(ValueError, match=r"tells of seeds \[1, 2\] too.*at least 3") as caught:
+def test_seeds_that_would_leave_some_out_of_a_sweeps_report_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"tells of seeds \[1, 2\] too.*--seeds 3") as caught:
         study.study("full", "07_choices/vgg16", n_seeds=1)
     assert "\n" not in str(caught.value)
+    (swept,) = load_preset("full", "07_choices/vgg16")
+    study_execute.check_keeps_seeds(swept)  # those of its own file are no fewer
+    runs = {"0": SimpleNamespace(seed=0), "7": SimpleNamespace(seed=7)}
+    monkeypatch.setattr(study_execute, "published_runs", lambda _: runs)
+    with pytest.raises(ValueError, match=r"seeds \[7\] too.*--seeds 8.*params/07_choices/vgg16"):
+        study.study("full", "07_choices/vgg16")
 
 
 def test_a_run_begun_for_one_experiment_goes_on_for_another(tmp_path, monkeypatch):
@@ -413,6 +420,24 @@ def test_the_key_follows_the_data(checkout, monkeypatch):
     other = SimpleNamespace(info=SimpleNamespace(sha256="other"))
     monkeypatch.setattr(study_execute, "load_dataset", lambda *_: (other, None))
     assert study_execute.input_key(experiment) != first
+
+
+def test_figures_of_other_data_or_another_recipe_are_not_replaced_without_a_word(
+    checkout, monkeypatch
+):
+    (checkout / "params/study.yaml").write_text(STUDY.replace("quick:", "full:"))
+    (experiment,) = load_preset("full", "toy/one")
+    same = [task.folder.name for task in study_engine.tasks_of([experiment])]
+    told = dict.fromkeys(same)
+    monkeypatch.setattr(study_execute, "published_runs", lambda _: told)
+    monkeypatch.setattr(study, "execute", lambda *_: None)
+    console = io.StringIO()
+    study.study("full", "toy/one", console=console)
+    assert "replaced" not in console.getvalue()
+    told |= {"0-0123456789ab": None, "4-0123456789ab": None}
+    study.study("full", "toy/one", console=console)
+    assert "reports/full/toy/one tells of 2 runs of other data or another" in console.getvalue()
+    assert study_execute.replaced_runs(replace(experiment, preset="quick")) == 0
 
 
 def test_the_key_of_a_sweep_follows_its_base(checkout):

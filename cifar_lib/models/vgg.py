@@ -48,8 +48,8 @@ class VGG(nn.Module):
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps images (N, 3, 32, 32), float, to logits (N, K)."""
-        x = self.features(x).flatten(1)  # (N, 512) at width 1
+        """Maps images (N, 3, H, W), float, H and W at least 32, to logits (N, K)."""
+        x = self.features(x).mean((2, 3))  # (N, 512) at width 1; of a single position at 32 pixels
         return self.classifier(self.dropout(x))
 
 
