@@ -73,12 +73,11 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: a file is whole but no training state; nothing in it was run.
     """
-    states = _states(run_dir)
-    for path in states:
+    for path in _states(run_dir):
         if (payload := _whole(path)) is not None:
             state = _parse(payload, path)
-            for torn in states[: states.index(path)]:
-                torn.unlink()  # or the next save would move it over the whole one
+            if path.name == PREVIOUS:  # a torn one before it would be moved over it by a save
+                (run_dir / LAST).unlink(missing_ok=True)
             return state
         logger.warning(
             "%s is torn or altered (checksum differs); using the state before it", shown(path)

@@ -79,6 +79,13 @@ def caption(figure: Chart, text: str) -> Chart:
     return figure
 
 
+def seed_curves(metrics: pd.DataFrame, column: str) -> tuple[pd.DataFrame, pd.Series]:
+    """A column by epoch: of each seed that measured it, and their mean while all of them last."""
+    by_seed = metrics.pivot(index="epoch", columns="seed", values=column)
+    by_seed = by_seed.astype(float).dropna(axis="columns", how="all")
+    return by_seed, by_seed.mean(axis="columns", skipna=False)
+
+
 def learning_curves(
     metrics: pd.DataFrame,
     *,
@@ -102,13 +109,12 @@ def learning_curves(
     of = f" (mean of {seeds} seeds)" if seeds > 1 else ""
     for ax, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         for part, color in (("train", BLUE), ("val", ORANGE)):
-            by_seed = metrics.pivot(index="epoch", columns="seed", values=f"{part}_{quantity}")
-            by_seed = by_seed.astype(float).dropna(axis="columns", how="all")
+            by_seed, mean = seed_curves(metrics, f"{part}_{quantity}")
             if by_seed.shape[1] > 1:
                 for seed in by_seed:
                     values = by_seed[seed].dropna()
                     ax.plot(values.index, values, color=color, linewidth=0.8, alpha=0.45)
-            mean = by_seed.mean(axis="columns", skipna=False).dropna()
+            mean = mean.dropna()
             if len(mean):
                 marker = "o" if len(mean) <= 12 else ""
                 line = ax.plot(mean.index, mean, color=color, linewidth=2, label=part + of)

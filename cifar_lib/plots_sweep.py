@@ -12,7 +12,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar_lib.evaluate import mean_interval
-from cifar_lib.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Chart, caption, new_figure
+from cifar_lib.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    Chart,
+    caption,
+    new_figure,
+    seed_curves,
+)
 
 COLORS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
 
@@ -87,9 +97,7 @@ def curves_by_panel(
         ax.sharey(axes[0])
         for name, part in metrics[metrics["panel"] == panel].groupby("line", sort=False):
             for column, style in measured.items():
-                by_seed = part.pivot(index="epoch", columns="seed", values=column).astype(float)
-                by_seed = by_seed.dropna(axis="columns", how="all")
-                mean = by_seed.mean(axis="columns", skipna=False)
+                by_seed, mean = seed_curves(part, column)
                 for y, width, alpha in ((by_seed, 0.7, 0.4), (mean, 2, 1)):
                     for line in ax.plot(by_seed.index, y, style, linewidth=width, alpha=alpha):
                         line.set_color(colors[name])

@@ -26,7 +26,7 @@ from cifar_lib.study_execute import (
 )
 from cifar_lib.study_experiments import Experiment, load_preset
 from cifar_lib.study_ray import RayEngine
-from cifar_lib.study_runs import FRESH, forget, runs
+from cifar_lib.study_runs import forget, runs
 
 __all__ = ["runs", "study"]
 
@@ -77,8 +77,7 @@ def study(
     experiments = load_preset(preset, only, n_seeds)
     for experiment in experiments:
         take_back_report(experiment)
-        if preset not in FRESH:
-            check_keeps_seeds(experiment)
+        check_keeps_seeds(experiment)
     minutes = {e.label: e.minutes for e in experiments}
     left = sum(minutes.values())
     say(
@@ -120,8 +119,8 @@ def study(
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
         guess = (minutes[experiment.label] + left) * (spent + 5) / (expected + 5)
         say(f"{head}: running, about {duration(60 * guess)} left for all")
+        where = experiment.destination.relative_to(ROOT)
         if n := replaced_runs(experiment):
-            where = experiment.destination.relative_to(ROOT)
             say(f"{head}: {where} tells of {n} runs of other data or another recipe: replaced")
         began = time.perf_counter()
         try:
@@ -134,7 +133,6 @@ def study(
         else:
             seconds = time.perf_counter() - began
             spent, expected = spent + seconds / 60, expected + minutes[experiment.label]
-            where = experiment.destination.relative_to(ROOT)
             say(f"{head}: done in {duration(seconds)}, {where}/executed.ipynb")
     for reason in failed:
         say(f"failed: {reason}")
