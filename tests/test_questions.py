@@ -110,6 +110,11 @@ def test_the_choices_are_those_that_study_e_compared():
             "04_final/small",
             {"n_train": 20_000, "epochs": 4, "val_fraction": 0.1, "tta": "none"},
         ),
+        (
+            "04_final/transfer",
+            "04_final/efficientnet-128",
+            {"n_train": 10_000, "epochs": 4, "image_size": 96, "tta": "none"},
+        ),
     ],
 )
 def test_a_sweep_is_about_its_own_recipe_but_for_its_reductions(sweep, recipe, reductions):
@@ -121,7 +126,7 @@ def test_a_sweep_is_about_its_own_recipe_but_for_its_reductions(sweep, recipe, r
 @pytest.mark.parametrize(
     "name",
     [f"{CHOICES}/{name}" for name in ("vgg16", "study-a", "choices-smoke")]
-    + ["params/04_final/whitening"],
+    + ["params/04_final/whitening", "params/04_final/transfer"],
 )
 def test_one_thing_is_changed_at_a_time(name):
     sweep = read_sweep(f"{name}.yaml")
