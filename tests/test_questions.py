@@ -113,7 +113,7 @@ def test_the_choices_are_those_that_study_e_compared():
         (
             "04_final/transfer",
             "04_final/efficientnet-128",
-            {"n_train": 10_000, "epochs": 4, "image_size": 96, "tta": "none"},
+            {"n_train": 10_000, "epochs": 4, "image_size": 64, "tta": "none"},
         ),
     ],
 )
