@@ -29,7 +29,9 @@ Preset = Annotated[
     str, typer.Option(help="A preset in params/study.yaml: quick, full, imagenet or gpu.")
 ]
 Only = Annotated[str, typer.Option(help="Glob over NOTEBOOK/EXPERIMENT, for instance '02*/*'.")]
-Seeds = Annotated[int | None, typer.Option(min=1, help="Seeds 0..N-1 instead of the file's.")]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, max=10_000, help="Seeds 0..N-1 instead of the file's.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Run again what is up to date.")]
 
 
@@ -183,7 +185,8 @@ def predict(
             pictures.append(room.read_image(file))
             readable.append((file, label))
         except ValueError as error:
-            typer.echo(f"error: {error}", err=True)
+            told = str(error).replace("\n", "\\n")  # of a picture's name
+            typer.echo(f"error: {told}", err=True)
             failed = True
     if pictures:
         logits = room.predictor(finished, tta=True)(torch.stack(pictures))
@@ -249,7 +252,8 @@ def _print_result(result: dict[str, Any], where: str) -> None:
 def main() -> None:
     """Runs the command line; a caller's mistake is one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal lacks letters for
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if stream is not None:  # closed by whoever started it
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:

@@ -73,15 +73,15 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: a file is whole but no training state; nothing in it was run.
     """
-    for path in _states(run_dir):
+    states = _states(run_dir)
+    for path in states:
         if (payload := _whole(path)) is not None:
             state = _parse(payload, path)
             if path.name == PREVIOUS:  # a torn one before it would be moved over it by a save
                 (run_dir / LAST).unlink(missing_ok=True)
             return state
-        logger.warning(
-            "%s is torn or altered (checksum differs); using the state before it", shown(path)
-        )
+        instead = "starting again" if path == states[-1] else "using the state before it"
+        logger.warning("%s is torn or altered (checksum differs); %s", shown(path), instead)
     return None
 
 

@@ -155,7 +155,9 @@ class TrainConfig(BaseModel):
     tta: Literal["none", "mirror", "mirror_translate"] = Field(
         "none", description="test-time augmentation reported beside the plain accuracy"
     )
-    eval_batch_size: int = Field(500, ge=1, description="images a forward pass in evaluation")
+    eval_batch_size: int = Field(
+        500, ge=1, le=65_536, description="images a forward pass in evaluation"
+    )
     measure_train: int = Field(
         0,
         ge=0,

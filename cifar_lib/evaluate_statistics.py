@@ -7,6 +7,7 @@ intervals come out too narrow.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cifar_lib.evaluate import Interval, mean_interval
 
 _OF, _WORTH = ("mean", "low", "high"), ("worth", "worth_low", "worth_high")
 _HOW = ("worth_n", "method", "verdict")
+_POOLED = ("pooled_low", "pooled_high")
 FEWEST_FOR_A_VERDICT = 3
 """Two pairs agree by chance to one image now and then: an interval as narrow shows nothing."""
 
@@ -97,12 +99,20 @@ def compare_recipes(
     Returns:
         A row a variant, in the order of the frame: n, sd (over seeds), mean, low, high; against,
         worth, worth_low, worth_high, worth_n (`Difference.n`), method and verdict, empty for a
-        reference.
+        reference. Last pooled_low and pooled_high, a second interval for the difference of the
+        means of all runs, from the standard deviation within recipes, pooled over the frame: three
+        differences alone say little of their own scatter. It holds as far as recipes scatter alike,
+        so no verdict rests on it; NaN where no recipe has two runs.
+
+    Source of the second: Fisher's least significant difference, The Design of Experiments (1935).
     """
     runs = {
         str(name): dict(zip(part["seed"], part[value].astype(float), strict=True))
         for name, part in frame.groupby("variant", sort=False)
     }
+    df = sum(len(values) - 1 for values in runs.values())
+    within = [float(np.var(list(values.values())) * len(values)) for values in runs.values()]
+    pooled = stats.t.ppf((1 + level) / 2, df) * math.sqrt(sum(within) / df) if df else math.nan
     rows: dict[str, dict[str, object]] = {}
     for name, values in runs.items():
         of = mean_interval(list(values.values()), level)
@@ -114,9 +124,12 @@ def compare_recipes(
             rows[name] |= dict(zip(_WORTH, (d.mean, d.low, d.high), strict=True))
             rows[name] |= dict(zip(_HOW, (d.n, d.method, d.verdict), strict=True))
             rows[name]["against"] = against
+            between = of.mean - fmean(runs[against].values())
+            half = pooled * math.sqrt(1 / of.n + 1 / len(runs[against]))
+            rows[name] |= dict(zip(_POOLED, (between - half, between + half), strict=True))
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table = table.reindex(columns=["n", "sd", *_OF, "against", *_WORTH, *_HOW])
-    types = dict.fromkeys([*_OF, *_WORTH], float) | {"worth_n": "Int64"}
+    table = table.reindex(columns=["n", "sd", *_OF, "against", *_WORTH, *_HOW, *_POOLED])
+    types = dict.fromkeys([*_OF, *_WORTH, *_POOLED], float) | {"worth_n": "Int64"}
     return table.astype(types).rename_axis("variant")
 
 

@@ -16,6 +16,7 @@ _FREE = "free some space and start again"
 _REMEDIES = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f) and start again",
     errno.EROFS: "make it writable and start again",
     errno.EACCES: "allow access to it and start again",
 }
@@ -60,12 +61,13 @@ def with_remedy(error: Exception, path: Path | None = None) -> Exception:
     # By its text as well: several errors of a copied folder come as one, without a number.
     found = (r for n, r in _REMEDIES.items() if n == error.errno or os.strerror(n) in str(error))
     remedy = next(found, None)
-    if not remedy or remedy in str(error):
+    where = path or error.filename
+    if not (remedy or where) or (remedy and remedy in str(error)):
         return error
     if error.errno is None:
-        return OSError(f"{error}; {remedy}")
-    where = path or error.filename
-    return OSError(error.errno, f"{error.strerror}; {remedy}", str(where) if where else None)
+        return OSError(f"{error}; {remedy}") if remedy else error
+    said = f"{error.strerror}; {remedy}" if remedy else error.strerror
+    return OSError(error.errno, said, str(where) if where else None)
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:

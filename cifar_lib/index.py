@@ -13,7 +13,7 @@ import pandas as pd
 
 from cifar_lib.config import ROOT
 from cifar_lib.execution import duration
-from cifar_lib.files import write_atomic
+from cifar_lib.files import shown, write_atomic
 from cifar_lib.reports import read_summaries, row_of
 
 MISSING = "–"
@@ -151,18 +151,22 @@ def generated_files() -> dict[Path, str]:
     """
     summaries = studies_first(read_summaries(FULL))
     # The README has the sources' systems, and our own from stage two on.
-    systems = set(pd.read_csv(ROOT / SYSTEMS)["experiment"])
-    shown = [s for s in summaries if s["path"] in systems or s["notebook"] > "02"]
+    systems = set(_systems())
+    listed = [s for s in summaries if s["path"] in systems or s["notebook"] > "02"]
     files: dict[Path, str] = {}
     for name in ("README.md", "README.ko.md"):
         path = ROOT / name
-        table = results_table(shown, f"{FULL}/")
+        table = results_table(listed, f"{FULL}/")
         files[path] = replace_block(path.read_text(encoding="utf-8"), "results", table, name)
     page = index_text(summaries, "Published reports", "full/", CORRECTIONS)
     files[ROOT / "reports/README.md"] = page
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
-        first = notebook.cells[0]
+        try:
+            notebook = nbformat.read(path, as_version=4)
+            first = notebook.cells[0]
+        except Exception as error:  # on what is no notebook nbformat has many
+            reason = str(error).partition("\n")[0][:100]
+            raise ValueError(f"{shown(path)}: no notebook ({reason}); restore it") from None
         first.source = replace_block(
             first.source, "answer", answer(summaries, path.stem), f"{path.name}, first cell"
         )
@@ -170,9 +174,17 @@ def generated_files() -> dict[Path, str]:
     return files
 
 
+def _systems() -> list[str]:
+    """The experiments of the source studies, in their order."""
+    try:
+        return list(pd.read_csv(ROOT / SYSTEMS)["experiment"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{SYSTEMS}: no table of systems ({error}); restore it") from None
+
+
 def studies_first(summaries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The experiments of the source studies in their order, then our own."""
-    place = {name: i for i, name in enumerate(pd.read_csv(ROOT / SYSTEMS)["experiment"])}
+    place = {name: i for i, name in enumerate(_systems())}
     return sorted(summaries, key=lambda s: place.get(s["path"], len(place)))
 
 

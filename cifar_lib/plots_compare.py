@@ -29,7 +29,7 @@ COSTS = {
     "train_seconds": "training time of one seed",
     "parameters": "parameters",
     "depth": "weighted layers",
-    "flops_per_image": "floating-point operations of one forward pass, an image",
+    "training_flops": "floating-point operations of training one seed",
 }
 """Columns that `accuracy_vs_cost` can put on its x axis, and what they are."""
 MARKERS = "osD^vPXp"  # a machine each, with room for a white centre

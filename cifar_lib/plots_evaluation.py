@@ -79,9 +79,9 @@ def corruption_curves(tables: Mapping[str, pd.DataFrame], *, caption_text: str =
             ax.lines[-1].set(marker="o", markersize=4, linestyle=style, linewidth=width)
             ax.set_title(name.replace("_", " ").replace("jpeg", "JPEG"), fontsize=10)
     for ax in axes:
-        ax.set(ylim=(0, 1), xticks=range(6))
+        ax.set(ylim=(np.floor(10 * ax.dataLim.y0) / 10, 1), xticks=range(6))
         ax.yaxis.set_major_formatter(PERCENT)
-    axes[0].set_ylabel("test accuracy")
+    axes[0].set_ylabel("test accuracy, each on its scale")
     for ax in axes[len(axes) // 2 :]:
         ax.set_xlabel("severity, 0 is clean")
     handles, systems = axes[0].get_legend_handles_labels()

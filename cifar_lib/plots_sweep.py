@@ -9,9 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from cifar_lib.evaluate import mean_interval
 from cifar_lib.plots import (
     BLUE,
     GREEN,
@@ -27,46 +26,57 @@ from cifar_lib.plots import (
 COLORS = (GREY, BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00")
 
 
-def run_points(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
-    """Draws every run as a point and each variant's mean with Student's 95 % interval.
+def run_points(frame: pd.DataFrame, table: pd.DataFrame, *, caption_text: str = "") -> Chart:
+    """Draws every run, and beside it what its recipe is worth, with the intervals.
+
+    On the left each run and each recipe's mean; on the right the differences by seed, where seeds
+    are shared, their mean and the two intervals of `compare_recipes`. A verdict rests on the right
+    side: two recipes whose runs lie apart by seed may well overlap on the left.
 
     Args:
-        frame: a row a run: group (a panel each), variant and val_accuracy, 0..1; in the order in
-            which they are drawn. A variant may stand in several groups.
+        frame: a row a run: variant, seed and val_accuracy, 0..1.
+        table: what `compare_recipes` says of it; a row of the figure each, in this order.
         caption_text: see `caption`; what the bars are is added where there are any.
     """
-    groups = frame["group"].unique()
-    rows = frame.groupby("group", sort=False)["variant"].nunique()
-    figure, axes = new_figure(0.32 * int(rows.sum()) + 0.6 * len(groups) + 0.5, rows=len(groups))
-    several = frame.duplicated(["group", "variant"]).any()  # else each run is its own mean
-    grid = axes[0].get_gridspec()
-    assert grid is not None
-    grid.set_height_ratios([n + 1 for n in rows])
-    for ax, group in zip(axes, groups, strict=True):
-        ax.sharex(axes[0])  # before anything is drawn: the limits then hold all groups
-        part = frame[frame["group"] == group]
-        names = list(part["variant"].unique())
-        for row, name in enumerate(names):
-            values = part.loc[part["variant"] == name, "val_accuracy"].astype(float).to_numpy()
-            ax.plot(values, np.full(len(values), row), "o", color=GREY, alpha=0.6, markersize=4)
-            interval = mean_interval(list(values))
-            if interval.low is not None and interval.high is not None:
-                ax.hlines(row + 0.22, interval.low, interval.high, color=BLUE, linewidth=2)
+    names = [str(name) for name in table.index]
+    figure, (left, right) = new_figure(0.36 * len(names) + 1.0, columns=2)
+    right.sharey(left)
+    values = frame.pivot(index="variant", columns="seed", values="val_accuracy").astype(float)
+    several = bool((table["n"] > 1).any())  # else each run is its own mean
+    for row, recipe in enumerate(table.reset_index().to_dict("records")):
+        of = values.loc[recipe["variant"]]
+        drawn = [(left, of, recipe["mean"])]
+        if not pd.isna(recipe["worth"]):
+            by_seed = of - values.loc[recipe["against"]]
+            drawn.append((right, 100 * by_seed, 100 * recipe["worth"]))
+        for ax, points, mean in drawn:
+            points = points.dropna()
+            ax.plot(points, np.full(len(points), row), "o", color=GREY, alpha=0.6, markersize=4)
             if several:
-                ax.plot(interval.mean, row + 0.22, "D", color=BLUE, markersize=5)
-        ax.set_yticks(range(len(names)), names)
-        ax.set_ylim(len(names) - 0.4, -0.5)
-        ax.set_title(group, loc="left", fontsize=10)
-        ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    low, high = axes[0].get_xlim()
-    axes[0].set_xlim(max(low, -0.02), min(high, 1.02))  # an interval may reach beyond what can be
-    told = ", one run each, no interval"
+                ax.plot(mean, row + 0.22, "D", color=BLUE, markersize=5)
+        for ends, color, width in (("worth", BLUE, 2), ("pooled", ORANGE, 1)):
+            low, high = 100 * recipe[f"{ends}_low"], 100 * recipe[f"{ends}_high"]
+            if not pd.isna(low):
+                y = row + (0.22 if ends == "worth" else 0.38)
+                right.hlines(y, low, high, color=color, linewidth=width)
+    right.axvline(0, color=GREY, linewidth=1, zorder=1)
+    left.set_yticks(range(len(names)), [name.replace(",", ",\n") for name in names])
+    right.tick_params(labelleft=False)
+    left.set_ylim(len(names) - 0.4, -0.5)
+    percent = FuncFormatter(lambda accuracy, _: f"{100 * accuracy:.4g} %")
+    left.xaxis.set(major_locator=MaxNLocator(4), major_formatter=percent)
+    left.set_xlabel("validation accuracy")
+    against = table["against"].dropna().unique()
+    to = str(against[0]).replace(",", ",\n") if len(against) == 1 else "its reference"
+    right.set_xlabel(f"difference to {to} (points)")
     if several:
-        told = ": each run (grey), mean and 95 % interval over seeds (blue)"
         caption_text += (
-            " Bars: each variant's own interval; verdicts are of differences paired by seed."
+            " Grey: each run, and each difference by seed; blue: mean, and the 95 % interval of "
+            "the difference from these runs alone, on which the verdict rests; orange: with the "
+            "SD pooled over all variants."
         )
-    axes[-1].set_xlabel(f"validation accuracy{told}")
+    else:
+        caption_text += " One run each: no interval."
     return caption(figure, caption_text)
 
 

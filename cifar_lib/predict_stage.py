@@ -13,6 +13,7 @@ from cifar_lib.evaluate import accuracy, cross_entropy
 from cifar_lib.evaluate_calibration import calibration_frame, fit_temperature
 from cifar_lib.evaluate_compare import compare_paired
 from cifar_lib.evaluate_robustness import SEVERITIES, corruption_frame
+from cifar_lib.files import shown
 from cifar_lib.predict import predictor
 from cifar_lib.results import LOGITS, Run, metrics_frame, results_frame
 
@@ -69,9 +70,9 @@ def calibration_verdict(table: pd.DataFrame) -> str:
     fitted = table.groupby("seed").last().mean()
     if len(table) == table.seed.nunique():
         return f"ECE {as_trained.ece:.3f}; no temperature: there are no validation images."
-    surer = "more" if fitted.temperature > 1 else "less"
+    kind = "over" if fitted.temperature > 1 else "under"
     return (
-        f"As trained {surer} sure than right: temperature {fitted.temperature:.2f}, fitted on "
+        f"As trained {kind}confident: temperature {fitted.temperature:.2f}, fitted on "
         f"validation, takes the ECE on test from {as_trained.ece:.3f} to {fitted.ece:.3f}."
     )
 
@@ -127,17 +128,30 @@ def compare_with_report(
     known = sorted(p.parent.relative_to(root).as_posix() for p in root.glob("*/*/predictions.csv"))
     if report not in known:
         raise ValueError(f"{report}: no report with predictions; there are {', '.join(known)}")
-    summary = json.loads((root / report / "summary.json").read_text(encoding="utf-8"))
-    if summary["dataset"]["sha256"] != run.summary["dataset"]["sha256"]:
+    try:
+        summary = json.loads((root / report / "summary.json").read_text(encoding="utf-8"))
+        its_data = {key: str(summary["dataset"][key]) for key in ("name", "sha256")}
+        predictions = pd.read_csv(root / report / "predictions.csv")
+        label = predictions["label"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{shown(root / report)}: broken report ({error!r}); restore its summary.json and "
+            "predictions.csv, or run its notebook again"
+        ) from None
+    if its_data["sha256"] != run.summary["dataset"]["sha256"]:
         ours, theirs = (
             f"{data['name']}, SHA-256 {data['sha256'][:8]}…"
-            for data in (run.summary["dataset"], summary["dataset"])
+            for data in (run.summary["dataset"], its_data)
         )
         raise ValueError(f"{run.path}: its data ({ours}) are not those of {report} ({theirs})")
     if not (run.path / LOGITS).is_file():
         raise ValueError(f"{run.path}: has no {LOGITS}; train a run of this configuration")
-    predictions = pd.read_csv(root / report / "predictions.csv")
-    right = (run.test_logits.argmax(1).numpy() == predictions["label"]).to_numpy()
+    if len(label) != len(run.test_logits):
+        raise ValueError(
+            f"{shown(root / report)}/predictions.csv has {len(label):,} rows, {run.path}/{LOGITS} "
+            f"{len(run.test_logits):,}: one of them is damaged; restore it"
+        )
+    right = (run.test_logits.argmax(1).numpy() == label).to_numpy()
     table = pd.DataFrame(
         compare_paired(right, answers) | {"seed": str(column).removeprefix("seed_")}
         for column, answers in right_answers(predictions).items()

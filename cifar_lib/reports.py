@@ -199,12 +199,25 @@ def read_summaries(reports_dir: str | Path) -> list[dict[str, Any]]:
     for path in summary_paths(root):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            _ = row_of(summary), summary["question"], summary["finished_at"]
+            _check(summary)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: broken summary: {error!r}; run its notebook again") from None
         if "variant" not in summary:
             summaries.append(summary | {"path": path.parent.relative_to(root).as_posix()})
     return summaries
+
+
+def _check(summary: dict[str, Any]) -> None:
+    """Refuses a summary without what tables and texts are made of."""
+    row = row_of(summary)
+    texts = [summary["question"], summary["finished_at"], *summary.get("answer", [])]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("question, finished_at and answer are texts")
+    if bool(summary["runs"]) != bool(row["n"]):
+        raise ValueError("runs and test_accuracy go together")
+    needed = ("model", "parameters", "data", "n_train", "train_seconds", "machine")
+    if row["n"] and (missing := [name for name in needed if row[name] is None]):
+        raise ValueError(f"without {', '.join(missing)}")
 
 
 def row_of(summary: dict[str, Any]) -> dict[str, Any]:

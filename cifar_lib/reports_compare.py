@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from cifar_lib.config import ROOT
+from cifar_lib.config import ROOT, config_of
 from cifar_lib.evaluate import mean_interval
 from cifar_lib.reports import read_summaries, row_of
 
@@ -100,6 +100,31 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
         .reindex(columns=[*LIKE_FOR_LIKE, "low", "high"])
         .astype({"low": float, "high": float})
     )
+
+
+def training_flops(summary: dict[str, Any]) -> float:
+    """Counts the floating-point operations of training one seed, on average over the seeds.
+
+    Three forward passes an image, the backward one being worth two; epochs at a lower resolution
+    by their area, and of hard images alone by their share. Pretraining, validation and evaluation
+    do not count. The same on every machine, which times are not.
+
+    Args:
+        summary: of a report that trained, as `reports.read_summaries` gives it.
+
+    Source of the factor: Kaplan et al., Scaling Laws for Neural Language Models, arXiv 2001.08361,
+    section 2.1.
+    """
+    c = config_of(summary["config"])
+    an_epoch = 3 * summary["model"]["flops_per_image"] * summary["dataset"]["n_train"]
+    small = (c.low_resolution / (c.image_size or 32)) ** 2
+    full = [
+        (small if epoch < c.low_resolution_epochs else 1.0)
+        * (c.keep_hardest if epoch >= c.keep_hardest_from else 1.0)
+        for run in summary["runs"]
+        for epoch in range(run["epochs"])
+    ]
+    return an_epoch * sum(full) / len(summary["runs"])
 
 
 def stage_tables(

@@ -7,13 +7,16 @@ from pathlib import Path
 import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
+from cifar_lib.files import shown
 from cifar_lib.reports import OF_A_RUN, Report, machines_line, summary_paths
 from cifar_lib.results import Run
 
 logger = logging.getLogger(__name__)
 
 
-def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
+def published_runs(
+    reports_dir: str | Path = "reports/full", *, whole: bool = False
+) -> dict[str, Run]:
     """Reads every run of the reports below a folder, those of a sweep's variants too.
 
     A run found so has its configuration, history and figures; neither weights nor logits, for its
@@ -22,25 +25,39 @@ def published_runs(reports_dir: str | Path = "reports/full") -> dict[str, Run]:
 
     Args:
         reports_dir: from the root of the checkout, or absolute; may be missing.
+        whole: refuse a broken report, or one of its tables, instead of passing over it.
 
     Returns:
         By the name that the folder of such a run has, `<seed>-<config fingerprint>`.
+
+    Raises:
+        ValueError: something is broken, and `whole` was asked for; names the file.
     """
     found: dict[str, Run] = {}
     for path in summary_paths(ROOT / reports_dir):
+        broken = path
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
             if not summary["runs"]:
                 continue
             # A field that was deleted since leaves a fingerprint that nobody asks for.
             config = config_of(summary["config"])
-            history = dict(tuple(pd.read_csv(path.with_name("metrics.csv")).groupby("seed")))
+            broken = path.with_name("metrics.csv")
+            history = dict(tuple(pd.read_csv(broken).groupby("seed")))
             for result in summary["runs"]:
                 seed, facts = result["seed"], summary | result
                 facts["result"] = {k: v for k, v in result.items() if k not in OF_A_RUN}
                 name = f"{seed}-{summary['config_fingerprint']}"
                 found[name] = Run(path.parent, config, seed, history[seed], facts)
+            for table in path.parent.glob("*.csv") if whole else ():
+                broken = table
+                pd.read_csv(table)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if whole:
+                raise ValueError(
+                    f"{shown(broken)}: broken ({error!r}), and what its report tells would be "
+                    f"lost: restore it, or delete {shown(path.parent)} to begin anew"
+                ) from None
             logger.warning("%s: broken (%r), so it tells of no run", path, error)
     return found
 

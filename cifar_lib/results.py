@@ -40,6 +40,7 @@ CONFIG, METRICS, WEIGHTS, LOGITS, SUMMARY = (
 
 
 _A_RUN = "a folder like runs/EXPERIMENT/SEED-FINGERPRINT"
+_AGAIN = "train the run again with --force"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ class Run:
     @property
     def test_logits(self) -> Tensor:
         """Logits of the test images without test-time augmentation, float32 (N, K)."""
-        return _load_tensors(self.path / LOGITS)["test"]
+        logits = _load_tensors(self.path / LOGITS)
+        if "test" not in logits:
+            raise ValueError(f"{self.path / LOGITS}: holds no test logits; {_AGAIN}")
+        return logits["test"]
 
     @property
     def test_logits_tta(self) -> Tensor | None:
@@ -87,7 +91,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged, train the run again with --force ({error})") from None
+        raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from None
 
 
 def run_folder(root: Path, experiment: str, seed: int, fingerprint: str) -> Path:
@@ -159,9 +163,8 @@ def load_run(run_dir: str | Path) -> Run:
         config = config_of(read_yaml(run_dir / CONFIG))
         _check(summary)
         return Run(run_dir, config, int(summary["seed"]), metrics, summary)
-    except (ValueError, KeyError, TypeError) as error:
-        again = "train the run again with --force"
-        raise ValueError(f"{run_dir}: broken run record: {error}; {again}") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{run_dir}: broken run record: {error}; {_AGAIN}") from None
 
 
 def _check(summary: dict[str, Any]) -> None:
@@ -174,7 +177,7 @@ def _check(summary: dict[str, Any]) -> None:
             raise ValueError(f"normalization {key}: got {values!r:.80}; allowed are three floats")
         if not all(math.isfinite(v) and (key == "mean" or v > 0) for v in values):
             raise ValueError(f"normalization {key}: got {values!r:.80}; nothing can be seen so")
-    _ = summary["result"]["seed"], summary["dataset"]["sha256"]
+    _ = summary["result"]["seed"], summary["dataset"]["sha256"], summary["dataset"]["name"]
 
 
 def alone(result: dict[str, Any]) -> bool:

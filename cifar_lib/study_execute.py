@@ -101,14 +101,18 @@ def replaced_runs(experiment: Experiment) -> int:
 
 
 def check_keeps_seeds(experiment: Experiment) -> None:
-    """Refuses seeds that would leave some out of a sweep's report, which is replaced whole.
+    """Refuses what would lose seeds that a report tells of.
+
+    A stage's report keeps them, if it can be read; a sweep's is replaced whole.
 
     Raises:
-        ValueError: names the report and the seeds.
+        ValueError: names the broken file, or the report and the seeds.
     """
-    if "sweep" not in experiment.parameters or experiment.preset in FRESH:
-        return  # a stage's report keeps them, and what shows today's code is not published
-    told = {run.seed for run in published_runs(experiment.destination).values()}
+    if experiment.preset in FRESH:  # it shows today's code
+        return
+    told = {run.seed for run in published_runs(experiment.destination, whole=True).values()}
+    if "sweep" not in experiment.parameters:
+        return
     if lost := sorted(told - {seed for _, _, seed in experiment.runs}):
         raise ValueError(
             f"{shown(experiment.destination)} tells of seeds {lost} too, which would be lost: ask "

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,11 @@ def papermill_path(path: Path) -> str:
 
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
     """The names and defaults in a notebook's `parameters` cell, as papermill reads them."""
-    found: dict[str, Any] = papermill.inspect_notebook(papermill_path(notebook))
+    try:
+        found: dict[str, Any] = papermill.inspect_notebook(papermill_path(notebook))
+    except Exception as error:  # on what is no notebook nbformat has many
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{shown(notebook)}: no notebook ({reason}); restore it") from None
     return found
 
 
@@ -121,7 +126,7 @@ def load_preset(preset: str, only: str = "*", n_seeds: int | None = None) -> lis
         raise ValueError(f"params/study.yaml: preset {preset!r} names an experiment twice")
     asked = [entry for label, entry in entries if fnmatch.fnmatch(label, only)]
     if not asked:
-        raise ValueError(f"--only {only!r} matches none of: {', '.join(labels)}")
+        raise ValueError(f"--only {only!r} matches none of: {', '.join(labels) or 'nothing'}")
     chosen = [_read_experiment(preset, entry) for entry in asked]
     if n_seeds is not None:
         seeds = list(range(n_seeds))
@@ -147,7 +152,7 @@ def _label(preset: str, entry: Any) -> str:
 def _read_experiment(preset: str, entry: dict[str, Any]) -> Experiment:
     seeds = check_seeds(entry.get("seeds", [0]), entry["params"])
     minutes = entry.get("minutes_per_seed", 1.0)
-    if not isinstance(minutes, int | float) or minutes <= 0:
+    if type(minutes) not in (int, float) or not 0 < minutes < math.inf:
         raise ValueError(f"{entry['params']}: minutes_per_seed: got {minutes!r}; allowed is > 0")
     path = inside(ROOT / "params", entry["params"], "params")
     experiment = Experiment(

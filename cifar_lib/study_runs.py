@@ -159,6 +159,7 @@ def _logged(folder: Path, label: str | None) -> Iterator[None]:
     handlers: list[logging.Handler] = [file]
     if label is not None:
         console = logging.StreamHandler(sys.stdout)
+        console.handleError = lambda record: None  # type: ignore[method-assign]  # `| head`
         console.setFormatter(logging.Formatter(f"{label}: %(message)s" if label else None))
         handlers.append(console)
     logger.setLevel(logging.INFO)

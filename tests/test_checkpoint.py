@@ -51,6 +51,16 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(tmp_path, caplog, d
     assert load_checkpoint(tmp_path)["epoch"] == 1  # not lost to the torn one at the next save
 
 
+def test_where_every_state_is_torn_the_last_warning_says_what_follows(tmp_path, caplog):
+    save_checkpoint(tmp_path, state(1))
+    save_checkpoint(tmp_path, state(2))
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert load_checkpoint(tmp_path) is None
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.endswith("using the state before it") and second.endswith("starting again")
+
+
 def test_what_is_set_aside_is_the_state_that_was_read(tmp_path):
     for epoch in (1, 2):
         save_checkpoint(tmp_path, {"epoch": epoch})

@@ -1,5 +1,10 @@
 """The command line: every command explains itself; a mistake is one line and exit status 2."""
 
+import errno
+import io
+import logging
+import sys
+
 import pytest
 from conftest import PARAMS
 
@@ -46,6 +51,8 @@ def test_each_command_explains_itself(call, command):
     [
         (["study", "--preset", "fast"], "unknown preset 'fast'"),
         (["study", "--seeds", "0"], "--seeds"),
+        (["study", "--seeds", "99999999999999999999"], "--seeds"),
+        (["train", "PARAMS", "-p", "eval_batch_size=99999999999999999999"], "eval_batch_size: got"),
         (["study", "--nothing"], "--nothing"),
         (["nothing"], "nothing"),
         (["compare", "shipped", "02_speed/none"], "no report with predictions; there are 01_"),
@@ -87,6 +94,30 @@ def test_a_mistake_is_one_line_and_status_2(call, tmp_path, monkeypatch, words, 
     assert status == 2
     assert not (tmp_path / "runs").exists()
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_who_reads_no_further_is_told_nothing(call, tmp_path, monkeypatch, capsys):
+    """As with `| head -1`: a line an epoch goes nowhere, the last one ends the command."""
+
+    def nobody(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    gone = io.StringIO()
+    monkeypatch.setattr(gone, "write", nobody)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "stdout", gone)
+        with study_runs._logged(tmp_path, ""):
+            logging.getLogger("cifar_lib").info("epoch 1")
+    assert capsys.readouterr().err == ""
+    assert "epoch 1" in (tmp_path / "train.log").read_text()
+    monkeypatch.setattr(index, "drifted_files", nobody)
+    assert call("report", "--check") == (1, "", "")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_is_not_asked(call, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    assert call("data", "--dataset", "digits")[0] == 0
 
 
 def test_train_then_evaluate(call, tmp_path, monkeypatch):

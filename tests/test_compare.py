@@ -6,7 +6,7 @@ import pytest
 from cifar_lib import plots_compare
 from cifar_lib.config import ROOT
 from cifar_lib.config_yaml import read_yaml
-from cifar_lib.reports_compare import COLUMNS, like_for_like, systems_frame
+from cifar_lib.reports_compare import COLUMNS, like_for_like, systems_frame, training_flops
 
 SYSTEMS = pd.read_csv(ROOT / "params/05_compare/systems.csv")
 
@@ -113,3 +113,26 @@ def test_accuracy_against_depth_marks_the_depths():
     (ax,) = plots_compare.accuracy_vs_cost(frame, "depth").axes
     assert [ax.xaxis.get_major_formatter()(x) for x in ax.get_xticks()] == ["20", "32", "56"]
     assert "weighted layers" in ax.get_xlabel()
+
+
+@pytest.mark.parametrize(
+    ("fields", "epochs", "passes"),
+    [
+        ({}, [4], 4),
+        ({}, [4, 2], 3),  # the mean over seeds, one of them stopped early
+        ({"low_resolution": 16, "low_resolution_epochs": 2}, [4], 2 * 0.25 + 2),
+        ({"low_resolution": 16, "low_resolution_epochs": 2, "image_size": 64}, [4], 2 / 16 + 2),
+        ({"low_resolution": 16}, [4], 4),
+        ({"keep_hardest": 0.5, "keep_hardest_from": 3}, [4], 3.5),
+    ],
+)
+def test_the_cost_of_training_is_three_forward_passes_an_image_of_each_epoch(
+    fields, epochs, passes
+):
+    summary = {
+        "config": {"model": "small_cnn", **fields},
+        "model": {"flops_per_image": 1000},
+        "dataset": {"n_train": 10},
+        "runs": [{"epochs": n} for n in epochs],
+    }
+    assert training_flops(summary) == pytest.approx(3 * 1000 * 10 * passes)

@@ -274,6 +274,8 @@ def test_a_class_whose_name_is_no_text_is_a_class(tmp_path: Path) -> None:
         pytest.skip("this file system takes only names that are text")
     source = find_source(tmp_path)
     assert source is not None and len(source.sha256()) == 64
+    assert source.class_names == ("ant", r"b\udcff")  # as summaries can have it
+    assert read_source(source)[0]["train_labels"].tolist() == [0, 0, 1, 1]
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:

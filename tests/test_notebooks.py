@@ -53,6 +53,20 @@ def test_drift_is_seen(monkeypatch):
     assert {path.name for path in index.drifted_files()} >= {"README.md", "01_baseline.ipynb"}
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD", "[]", '{"cells": [], "nbformat": 4}'])
+def test_a_file_that_is_no_notebook_is_named(copies, text):
+    (copies / "notebooks/02_speed.ipynb").write_text(text)
+    with pytest.raises(ValueError, match=r"notebooks/02_speed.ipynb: no notebook \(.*; restore it"):
+        index.generated_files()
+
+
+@pytest.mark.parametrize("text", ["", "study,system\nA,x\n"])
+def test_a_broken_table_of_systems_is_named(copies, text):
+    (copies / index.SYSTEMS).write_text(text)
+    with pytest.raises(ValueError, match=r"systems.csv: no table of systems \(.*; restore it"):
+        index.generated_files()
+
+
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
     """A checkout's texts that are generated, and what they are generated from."""

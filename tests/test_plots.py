@@ -42,7 +42,7 @@ def comparison() -> pd.DataFrame:
             "machine": ["a GPU", "a CPU", "a CPU", None],
             "weights": ["imagenet", None, None, None],
             "parameters": [11_173_962, 1_972_792, 964_170, 5],
-            "flops_per_image": [1e9, 1e8, 1e7, 1.0],
+            "training_flops": [1e15, 1e14, 1e13, 1.0],
             "depth": [56, 32, 20, 8],
         }
     )
@@ -360,6 +360,8 @@ def test_corruption_curves_draw_means_over_seeds_and_their_range() -> None:
         everything.lines[0].get_ydata(orig=False), 0.96 - 3 * np.arange(6) / 50
     )
     np.testing.assert_allclose(noise.collections[0].get_segments()[0][:, 1], [0.95, 0.97])
+    # Each panel begins a step of ten below what lies lowest in it.
+    assert [round(ax.get_ylim()[0], 2) for ax in figure.axes] == [0.8, 0.7, 0.6, 0.5, 0.4, 0.6]
     many = plots_evaluation.corruption_curves({str(i): corruptions(1) for i in range(9)})
     curves = [line for line in many.axes[0].lines if len(line.get_xdata()) == 6]
     assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == 9

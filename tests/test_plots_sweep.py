@@ -7,20 +7,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from cifar_lib import plots, plots_sweep
-from cifar_lib.evaluate import mean_interval
+from cifar_lib.evaluate_statistics import compare_recipes
 
 RUNS = {
-    ("optimizer", "adam (default)"): [0.70, 0.71, 0.72],
-    ("optimizer", "sgd"): [0.60, 0.75, 0.69],
-    ("schedule", "constant (default)"): [0.70, 0.71, 0.72],
-    ("schedule", "cosine"): [0.9],
+    "default": [0.70, 0.71, 0.72],
+    "optimizer=sgd": [0.60, 0.75, 0.69],
+    "schedule=cosine,gamma=0.5": [0.9],
 }
 NOTE = "CIFAR-10, 10,000 images, three seeds. " * 6
 
 
-def points() -> pd.DataFrame:
-    rows = [(*key, seed, x) for key, xs in RUNS.items() for seed, x in enumerate(xs)]
-    return pd.DataFrame(rows, columns=["group", "variant", "seed", "val_accuracy"])
+def points(runs=RUNS) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = [(name, seed, x) for name, xs in runs.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    return frame, compare_recipes(frame, dict.fromkeys(runs, "default"))
 
 
 def history(panels=("vgg11", "vgg16")) -> pd.DataFrame:
@@ -37,11 +37,11 @@ def history(panels=("vgg11", "vgg16")) -> pd.DataFrame:
 
 
 def test_where_each_variant_has_one_run_no_mean_is_drawn_or_promised() -> None:
-    (ax, *_) = plots_sweep.run_points(points().drop_duplicates(["group", "variant"])).axes
-    assert len(ax.lines) == len(ax.get_yticklabels())
-    told = ax.figure.axes[-1].get_xlabel()
-    assert "mean" not in told and "no interval" in told
-    assert "Bars" not in ax.figure.get_supxlabel()
+    figure = plots_sweep.run_points(*points({name: xs[:1] for name, xs in RUNS.items()}))
+    left, right = figure.axes
+    assert len(left.lines) == len(RUNS) and not right.collections
+    told = figure.get_supxlabel()
+    assert "no interval" in told and "mean" not in told
 
 
 def test_one_seed_has_no_thin_lines_to_explain() -> None:
@@ -52,29 +52,39 @@ def test_one_seed_has_no_thin_lines_to_explain() -> None:
     assert "thick" not in one and "thick" in two
 
 
-def test_every_run_the_mean_and_its_interval_are_drawn() -> None:
-    figure = plots_sweep.run_points(points(), caption_text=NOTE)
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["optimizer", "schedule"]
-    drawn = {}
-    for ax in figure.axes:
-        names = [label.get_text() for label in ax.get_yticklabels()]
-        for i, name in enumerate(names):
-            runs, mean = ax.lines[2 * i], ax.lines[2 * i + 1]
-            drawn[ax.get_title(loc="left"), name] = list(runs.get_xdata())
-            values = RUNS[ax.get_title(loc="left"), name]
-            assert mean.get_xdata() == pytest.approx([np.mean(values)])
-            assert set(runs.get_ydata()) == {i}
-    assert drawn == RUNS
-    optimizer, schedule = figure.axes
-    (adam,) = optimizer.collections[0].get_segments()
-    interval = mean_interval(RUNS["optimizer", "adam (default)"])
-    assert list(adam[:, 0]) == pytest.approx([interval.low, interval.high])
-    assert len(optimizer.collections) == 2
-    assert len(schedule.collections) == 1  # one run has no interval
-    assert optimizer.get_xlim() == schedule.get_xlim()
-    low, high = optimizer.get_xlim()
-    assert low < mean_interval(RUNS["optimizer", "sgd"]).low and high > 0.9
-    assert "Bars" in figure.get_supxlabel()
+def test_every_run_its_difference_by_seed_and_both_intervals_are_drawn() -> None:
+    frame, table = points()
+    left, right = plots_sweep.run_points(frame, table, caption_text=NOTE).axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["default", "optimizer=sgd", "schedule=cosine,\ngamma=0.5"]
+    assert left.get_ylim() == right.get_ylim()
+    for row, xs in enumerate(RUNS.values()):
+        runs, mean = left.lines[2 * row : 2 * row + 2]
+        assert list(runs.get_xdata()) == xs and set(runs.get_ydata()) == {row}
+        assert mean.get_xdata() == pytest.approx([np.mean(xs)])
+    sgd, sgd_mean, _, cosine_mean, zero = right.lines  # the default has no difference
+    assert list(sgd.get_xdata()) == pytest.approx([-10.0, 4.0, -3.0])
+    assert sgd_mean.get_xdata() == pytest.approx([-3.0])
+    assert cosine_mean.get_xdata() == pytest.approx([20.0])  # at the seed that both have
+    assert list(zero.get_xdata()) == [0, 0]
+    ends = [list(bar.get_segments()[0][:, 0]) for bar in right.collections]
+    expected = [
+        100 * table.loc[name, [f"{kind}_low", f"{kind}_high"]]
+        for name, kind in [("optimizer=sgd", "worth"), ("optimizer=sgd", "pooled")]
+        + [("schedule=cosine,gamma=0.5", "pooled")]  # one run has no interval of its own
+    ]
+    np.testing.assert_allclose(ends, expected)
+    assert right.get_xlabel() == "difference to default (points)"
+
+
+def test_where_references_are_several_the_axis_names_none() -> None:
+    frame, _ = points()
+    two = compare_recipes(
+        frame, {"optimizer=sgd": "default", "schedule=cosine,gamma=0.5": "optimizer=sgd"}
+    )
+    assert plots_sweep.run_points(frame, two).axes[1].get_xlabel() == (
+        "difference to its reference (points)"
+    )
 
 
 def test_curves_are_a_thin_line_a_seed_and_a_thick_mean() -> None:
@@ -113,7 +123,7 @@ def test_what_was_not_measured_is_not_drawn() -> None:
 @pytest.mark.parametrize("chart", ["points", "curves"])
 def test_charts_are_wide_legible_captioned_and_within_their_canvas(chart: str) -> None:
     if chart == "points":
-        figure = plots_sweep.run_points(points(), caption_text=NOTE)
+        figure = plots_sweep.run_points(*points(), caption_text=NOTE)
     else:
         frame = history(("vgg11", "vgg16", "vgg19", "cifar_resnet"))
         figure = plots_sweep.curves_by_panel(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -79,6 +80,30 @@ def test_what_cannot_be_compared_is_one_line(runs, published, tmp_path):
         compare_with_report(runs[0], "02_x/stage", published)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("summary.json", "", "stage: broken report .*restore its summary.json and"),
+        ("summary.json", "[]", "stage: broken report"),
+        ("summary.json", '{"dataset": null}', "stage: broken report"),
+        ("predictions.csv", "", "stage: broken report"),
+        ("predictions.csv", "seed_0\n1\n", "stage: broken report .*label"),
+        ("predictions.csv", "label,seed_0\n1,1\n", r"predictions.csv has 1 rows, .* 360: one of"),
+    ],
+)
+def test_a_damaged_report_is_named(runs, published, name, text, said):
+    (published / "02_x/stage" / name).write_text(text)
+    with pytest.raises(ValueError, match=said) as caught:
+        compare_with_report(runs[0], "02_x/stage", published)
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_without_those_of_the_test_images_are_named(runs, published, tmp_path):
+    shutil.copy(runs[0].path / "best.safetensors", tmp_path / "logits.safetensors")
+    with pytest.raises(ValueError, match=r"logits.safetensors: holds no test logits; train the"):
+        compare_with_report(dataclasses.replace(runs[0], path=tmp_path), "02_x/stage", published)
+
+
 def test_without_validation_nothing_is_fitted(runs, digits):
     nothing = dataclasses.replace(digits, val=digits.val.subset(digits.val.labels[:0]))
     table = calibration_table(runs, nothing)
@@ -86,7 +111,7 @@ def test_without_validation_nothing_is_fitted(runs, digits):
     assert "no temperature" in calibration_verdict(table)
 
 
-@pytest.mark.parametrize(("temperature", "said"), [(1.5, "more sure"), (0.7, "less sure")])
+@pytest.mark.parametrize(("temperature", "said"), [(1.5, "overconfident"), (0.7, "underconfident")])
 def test_the_verdict_has_the_direction_and_both_errors(temperature, said):
     rows = [{"temperature": t, "ece": e, "seed": 0} for t, e in ((1.0, 0.08), (temperature, 0.02))]
     verdict = calibration_verdict(pd.DataFrame(rows))

@@ -3,11 +3,13 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from cifar_lib import (
+    files,
     reports,
     reports_runs,
     results,
@@ -19,7 +21,7 @@ from cifar_lib import (
 from cifar_lib.predict_stage import calibration_table, prediction_table
 from cifar_lib.reports import Report
 from cifar_lib.reports_runs import keep_other_seeds, published_runs
-from cifar_lib.study_execute import without_told_seeds
+from cifar_lib.study_execute import check_keeps_seeds, without_told_seeds
 from cifar_lib.study_experiments import Experiment
 from cifar_lib.study_runs import runs
 
@@ -100,6 +102,21 @@ def test_a_stage_trains_the_seeds_that_no_report_tells(tmp_path, publish, tiny):
     assert without_told_seeds(quick) == quick
     assert list(published_runs()) == [f"{s}-{summary['config_fingerprint']}" for s in (0, 1)]
     assert not any(results.is_finished(run.path) for run in published_runs().values())
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "predictions.csv"])
+def test_what_would_lose_seeds_because_a_file_is_broken_is_refused(
+    tmp_path, publish, monkeypatch, tiny, name
+):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    publish("reports/full/03_x/e", [0, 1])
+    fields = tiny(epochs=1).model_dump(exclude_defaults=True)
+    asked = Experiment("full", "03_x", "e", fields, seeds=[0])
+    check_keeps_seeds(asked)
+    (tmp_path / "reports/full/03_x/e" / name).write_text("")
+    with pytest.raises(ValueError, match=rf"^reports/full/03_x/e/{name}: broken .*or delete repo"):
+        check_keeps_seeds(asked)
+    check_keeps_seeds(replace(asked, preset="quick"))
 
 
 @pytest.mark.parametrize("broken", ["[]", '{"runs": [{}], "config": null}', "{", "{}"])

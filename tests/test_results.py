@@ -136,7 +136,22 @@ def test_an_explored_notebook_writes_nothing(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "broken",
-    [{"finished_at": ...}, {"question": ...}, {"model": "x"}, {"config": "x"}, {"runs": 1}],
+    [
+        {"finished_at": ...},
+        {"finished_at": 3},
+        {"question": ...},
+        {"model": "x"},
+        {"model": None},
+        {"dataset": None},
+        {"dataset": []},
+        {"config": "x"},
+        {"runs": 1},
+        {"runs": []},
+        {"hardware": {}},
+        {"answer": 3},
+        {"answer": [1]},
+        {"test_accuracy": None},
+    ],
 )
 def test_a_broken_summary_is_named(run, tmp_path, monkeypatch, broken):
     monkeypatch.setattr(reports, "ROOT", tmp_path)

@@ -163,6 +163,21 @@ def test_recipes_stand_in_one_table_each_against_its_own_reference() -> None:
     assert table.loc["b2", "verdict"] == "one run on a side: no interval"
 
 
+def test_the_second_interval_borrows_the_scatter_of_all_recipes() -> None:
+    values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.72, 0.83], "c": [0.4, 0.8, 0.6], "one": [0.9]}
+    rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "val_accuracy"])
+    table = compare_recipes(frame, dict.fromkeys(values, "a"))
+    # Sums of squares 0.02, 0.0242, 0.08 and 0 over 2 + 2 + 2 + 0 degrees of freedom.
+    half = 2.446912 * math.sqrt(0.1242 / 6)
+    for name, worth, n in (("b", 0.12, 3), ("c", 0.0, 3), ("one", 0.3, 1)):
+        ends = [worth + sign * half * math.sqrt(1 / n + 1 / 3) for sign in (-1, 1)]
+        assert table.loc[name, ["pooled_low", "pooled_high"]].tolist() == pytest.approx(ends)
+    assert table.loc["a", ["pooled_low", "pooled_high"]].isna().all()
+    single = compare_recipes(frame.drop_duplicates("variant"), dict.fromkeys(values, "a"))
+    assert single[["pooled_low", "pooled_high"]].isna().all(axis=None)
+
+
 def test_the_words_are_those_of_the_intervals() -> None:
     values = {"a": [0.5, 0.6, 0.7], "b": [0.61, 0.72, 0.83], "c": [0.4, 0.8, 0.6], "one": [0.9]}
     rows = [(name, seed, x) for name, xs in values.items() for seed, x in enumerate(xs)]

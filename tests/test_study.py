@@ -180,7 +180,7 @@ def test_seeds_that_would_leave_some_out_of_a_sweeps_report_are_refused(monkeypa
     (swept,) = load_preset("full", "07_choices/vgg16")
     study_execute.check_keeps_seeds(swept)  # those of its own file are no fewer
     runs = {"0": SimpleNamespace(seed=0), "7": SimpleNamespace(seed=7)}
-    monkeypatch.setattr(study_execute, "published_runs", lambda _: runs)
+    monkeypatch.setattr(study_execute, "published_runs", lambda *_, **__: runs)
     with pytest.raises(ValueError, match=r"seeds \[7\] too.*--seeds 8.*params/07_choices/vgg16"):
         study.study("full", "07_choices/vgg16")
 

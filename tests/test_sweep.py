@@ -14,7 +14,8 @@ from cifar_lib.config import ROOT
 from cifar_lib.reports import Report, read_summaries
 from cifar_lib.reports_runs import published_runs
 from cifar_lib.results import metrics_frame, results_frame
-from cifar_lib.study_sweep import read_sweep, sweep_runs
+from cifar_lib.study_choices import choices_of, roles
+from cifar_lib.study_sweep import read_sweep, search_of, sweep_runs
 
 SMOKE = "tests/fixtures/sweeps/smoke.yaml"
 
@@ -264,14 +265,35 @@ def test_the_notebook_of_choices_takes_a_grid_of_ones_own(choices, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (BASE.replace("epochs: 1", "epochs: 1, val_fraction: 0") + GRID, "val_fraction: choices"),
+        (BASE.replace("epochs: 1", "epochs: 1, val_fraction: 0") + GRID, "val_fraction: got 0"),
         (
             BASE + "variants: {default: , 'batch_size=25,epochs=2': {batch_size: 25, epochs: 2}}\n",
-            "by the one thing it changes",
+            "changes epochs, batch_size; allowed is a name",
         ),
-        (BASE + "variants: {default: , batch_size=25: {batch_size: 20}}\n", "by the one thing"),
+        (
+            BASE + "variants: {default: , batch_size=25: {batch_size: 20}}\n",
+            "'batch_size=25': changes batch_size; allowed",
+        ),
+        (
+            BASE + "variants: {default: , batch_size=25: {batch_size: 25, epochs: 2}}\n",
+            "changes epochs, batch_size; allowed",
+        ),
+        (BASE + "variants: {default: , fast: }\n", "'fast': changes nothing; allowed"),
     ],
 )
-def test_the_notebook_of_choices_refuses_what_it_cannot_answer(choices, text, said):
-    with pytest.raises(AssertionError, match=f"own.yaml.*{said}"):
-        choices(text)
+def test_a_sweep_of_choices_is_refused_where_names_or_validation_are_not_right(
+    tmp_path, text, said
+):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"own, variant.*{said}"):
+        choices_of(read_sweep(tmp_path / "own.yaml"))
+
+
+def test_the_role_of_each_hyperparameter_is_told():
+    path = "params/02_speed/ablations.yaml"
+    table = roles(choices_of(read_sweep(path)), search_of(path)).role
+    assert table["optimizer"] == table["batch_size"] == "scientific"
+    assert table["learning_rate"] == "nuisance: searched for sgd, given for muon"
+    assert table["momentum"] == "fixed, one value for each optimizer"
+    assert table["n_train"] == "fixed" and table["seed"].startswith("nuisance")
+    assert "dropout" not in table.index  # the same for all, and not named in the file
