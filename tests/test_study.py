@@ -429,7 +429,7 @@ def test_figures_of_other_data_or_another_recipe_are_not_replaced_without_a_word
     (experiment,) = load_preset("full", "toy/one")
     same = [task.folder.name for task in study_engine.tasks_of([experiment])]
     told = dict.fromkeys(same)
-    monkeypatch.setattr(study_execute, "published_runs", lambda _: told)
+    monkeypatch.setattr(study_execute, "published_runs", lambda *_, **__: told)
     monkeypatch.setattr(study, "execute", lambda *_: None)
     console = io.StringIO()
     study.study("full", "toy/one", console=console)
