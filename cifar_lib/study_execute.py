@@ -110,9 +110,10 @@ def check_keeps_seeds(experiment: Experiment) -> None:
     """
     if experiment.preset in FRESH:  # it shows today's code
         return
-    told = {run.seed for run in published_runs(experiment.destination, whole=True).values()}
+    found = published_runs(experiment.destination, whole=True).values()
     if "sweep" not in experiment.parameters:
         return
+    told = {run.seed for run in found}
     if lost := sorted(told - {seed for _, _, seed in experiment.runs}):
         raise ValueError(
             f"{shown(experiment.destination)} tells of seeds {lost} too, which would be lost: ask "
