@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from cifar_lib.files import writable
+
 CIFAR10_CLASSES: tuple[str, ...] = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -173,14 +175,8 @@ def _find_pictures(folder: Path) -> Source:
     if names["train"] != names["test"]:
         odd = ", ".join(sorted(set(names["train"]) ^ set(names["test"])))
         raise ValueError(f"{folder}: classes in only one of train and test: {odd}; add them")
-    return Source(
-        "folder", folder, tuple(map(_text, names["train"])), files["train"], files["test"]
-    )
-
-
-def _text(name: str) -> str:
-    """The name of a folder, which need not be UTF-8, as it can be written down."""
-    return name.encode(errors="backslashreplace").decode()
+    classes = tuple(map(writable, names["train"]))
+    return Source("folder", folder, classes, files["train"], files["test"])
 
 
 def _read_official(paths: tuple[Path, ...]) -> tuple[Tensor, Tensor, bool]:
@@ -231,7 +227,7 @@ def _read_parquet(paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes, int]]:
 
 def _read_pictures(source: Source, paths: tuple[Path, ...]) -> Iterator[tuple[str, bytes, int]]:
     for path in paths:
-        yield str(path), _read(path), source.class_names.index(_text(path.parent.name))
+        yield str(path), _read(path), source.class_names.index(writable(path.parent.name))
 
 
 def _decode(rows: Iterable[tuple[str, bytes, int]], classes: int) -> tuple[Tensor, Tensor, bool]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,25 @@ def shown(path: Path) -> str:
     """A path as messages show it: from the checkout where it lies inside."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def writable(name: str | Path) -> str:
+    """A file's name or path, which need not be UTF-8, as text that can be written down."""
+    return str(name).encode(errors="backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def notebook_named(path: Path) -> Iterator[None]:
+    """Names the notebook in whatever its readers raise, and what to do.
+
+    Raises:
+        ValueError: in place of it, one line.
+    """
+    try:
+        yield
+    except Exception as error:  # on what is no notebook nbformat has many
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{shown(path)}: no notebook ({reason}); restore it") from None
 
 
 def inside(root: Path, folder: str, field: str) -> Path:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cifar_lib.config import ROOT
 from cifar_lib.execution import duration
-from cifar_lib.files import shown, write_atomic
+from cifar_lib.files import notebook_named, write_atomic
 from cifar_lib.reports import read_summaries, row_of
 
 MISSING = "–"
@@ -161,12 +161,9 @@ def generated_files() -> dict[Path, str]:
     page = index_text(summaries, "Published reports", "full/", CORRECTIONS)
     files[ROOT / "reports/README.md"] = page
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        try:
+        with notebook_named(path):
             notebook = nbformat.read(path, as_version=4)
             first = notebook.cells[0]
-        except Exception as error:  # on what is no notebook nbformat has many
-            reason = str(error).partition("\n")[0][:100]
-            raise ValueError(f"{shown(path)}: no notebook ({reason}); restore it") from None
         first.source = replace_block(
             first.source, "answer", answer(summaries, path.stem), f"{path.name}, first cell"
         )

@@ -17,6 +17,7 @@ from cifar_lib.data_sources import to_rgb
 from cifar_lib.evaluate import predict_logits, top_k_accuracy
 from cifar_lib.evaluate_classes import SCORES, class_scores
 from cifar_lib.execution import choose_evaluation
+from cifar_lib.files import writable
 from cifar_lib.models import STORED_SIZE, build_model
 from cifar_lib.results import WEIGHTS, Run, load_run, load_state
 
@@ -170,8 +171,7 @@ def predictions_frame(
     values, order = probabilities.topk(min(top, len(class_names)), dim=1)
     rows = []
     for (path, label), row_values, row_order in zip(files, values, order, strict=True):
-        printable = str(path).encode(errors="backslashreplace").decode()  # names need not be UTF-8
-        row: dict[str, object] = {"path": printable, "label": label}
+        row: dict[str, object] = {"path": writable(path), "label": label}
         for rank, (value, k) in enumerate(zip(row_values, row_order, strict=True), 1):
             row[f"class_{rank}"] = class_names[int(k)]
             row[f"probability_{rank}"] = round(float(value), 4)

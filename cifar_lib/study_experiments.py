@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from cifar_lib.config import ROOT, TrainConfig, config_of
 from cifar_lib.config_yaml import read_yaml
-from cifar_lib.files import inside, plain_name, shown
+from cifar_lib.files import inside, notebook_named, plain_name, shown
 from cifar_lib.study_runs import check_seeds
 from cifar_lib.study_sweep import read_sweep, search_of
 from cifar_lib.train import check_runnable
@@ -93,11 +93,8 @@ def papermill_path(path: Path) -> str:
 
 def notebook_parameters(notebook: Path) -> dict[str, Any]:
     """The names and defaults in a notebook's `parameters` cell, as papermill reads them."""
-    try:
+    with notebook_named(notebook):
         found: dict[str, Any] = papermill.inspect_notebook(papermill_path(notebook))
-    except Exception as error:  # on what is no notebook nbformat has many
-        reason = str(error).partition("\n")[0][:100]
-        raise ValueError(f"{shown(notebook)}: no notebook ({reason}); restore it") from None
     return found
 
 
