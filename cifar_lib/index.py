@@ -79,9 +79,9 @@ def results_table(summaries: list[dict[str, Any]], link: str) -> str:
         "once, after training, with the weights that validation chose or, without validation "
         "images, those of the last epoch. TTA: test-time augmentation. Val accuracy: of the epoch "
         "that it chose; 05 compares last epochs. Reported: what the source study states, on the "
-        "data it states. Hours: the mean of the seeds that had one machine to themselves; where "
-        "none had, the longest, which is a bound (‡). The code that ran: `git_commit` in each "
-        "summary, for every seed; `-dirty`: with changes that were not committed.",
+        "data it states. Hours: of training, the mean of the seeds that had one machine to "
+        "themselves; where none had, the longest, which is a bound (‡). The code that ran: "
+        "`git_commit` in each summary, for every seed; `-dirty`: with changes not committed.",
     ]
     return "\n".join(lines)
 
