@@ -8,6 +8,7 @@ import pandas as pd
 
 from cifar_lib.config import ROOT, config_of
 from cifar_lib.evaluate import mean_interval
+from cifar_lib.models import STORED_SIZE
 from cifar_lib.reports import read_summaries, row_of
 
 MEASURES = {"validation": "val_accuracy_last", "TTA": "test_accuracy_tta"}
@@ -106,8 +107,9 @@ def training_flops(summary: dict[str, Any]) -> float:
     """Counts the floating-point operations of training one seed, on average over the seeds.
 
     Three forward passes an image, the backward one being worth two; epochs at a lower resolution
-    by their area, and of hard images alone by their share. Pretraining, validation and evaluation
-    do not count. The same on every machine, which times are not.
+    by their area (unless the model enlarges what it is given, to `image_size`), and of hard images
+    alone by their share. Pretraining, validation and evaluation do not count. The same on every
+    machine, which times are not.
 
     Args:
         summary: of a report that trained, as `reports.read_summaries` gives it.
@@ -117,7 +119,8 @@ def training_flops(summary: dict[str, Any]) -> float:
     """
     c = config_of(summary["config"])
     an_epoch = 3 * summary["model"]["flops_per_image"] * summary["dataset"]["n_train"]
-    small = (c.low_resolution / (c.image_size or 32)) ** 2
+    low = c.small_side if c.image_size == STORED_SIZE else 0  # else the model enlarges all alike
+    small = (low / STORED_SIZE) ** 2 if low else 1.0
     full = [
         (small if epoch < c.low_resolution_epochs else 1.0)
         * (c.keep_hardest if epoch >= c.keep_hardest_from else 1.0)

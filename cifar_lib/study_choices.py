@@ -4,6 +4,7 @@
 scientific, nuisance, and fixed hyperparameters".
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,17 +62,26 @@ def choices_of(sweep: Sweep) -> Choices:
         changes[name] = {k: v for k, v in config.model_dump().items() if v != before[k]}
         if name == "default":
             continue
-        fields = [part.partition("=")[0] for part in name.split(",")]
-        named = ",".join(f"{field}={text_of(getattr(config, field, None))}" for field in fields)
+        parts = [part.partition("=")[::2] for part in name.split(",")]
+        fields = [field for field, _ in parts]
+        named = all(_says(text, getattr(config, field, None)) for field, text in parts)
         allowed = set().union(*(BELONGS.get(field, {field}) for field in fields))
         alone = len(fields) == 1 or base != "default"
-        if name != named or not alone or not set(changes[name]) <= allowed:
+        if not named or not alone or not set(changes[name]) <= allowed:
             raise ValueError(
                 f"{sweep.name}, variant {name!r}: changes {', '.join(changes[name]) or 'nothing'}; "
                 "allowed is a name FIELD=VALUE that says so"
             )
         asked += fields
     return Choices(base, default, changes, list(dict.fromkeys(asked)))
+
+
+def _says(text: str, value: Any) -> bool:
+    """Whether a name's text is a field's value; a number in any spelling, as a file may have it."""
+    if isinstance(value, float):
+        with suppress(ValueError):
+            return float(text) == value
+    return text == text_of(value)
 
 
 def roles(choices: Choices, search: Sweep | None = None) -> pd.DataFrame:

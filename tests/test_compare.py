@@ -121,7 +121,8 @@ def test_accuracy_against_depth_marks_the_depths():
         ({}, [4], 4),
         ({}, [4, 2], 3),  # the mean over seeds, one of them stopped early
         ({"low_resolution": 16, "low_resolution_epochs": 2}, [4], 2 * 0.25 + 2),
-        ({"low_resolution": 16, "low_resolution_epochs": 2, "image_size": 64}, [4], 2 / 16 + 2),
+        ({"low_resolution": 16, "low_resolution_epochs": 2, "image_size": 64}, [4], 4),
+        ({"low_resolution": 0, "low_resolution_epochs": 3}, [4], 4),
         ({"low_resolution": 16}, [4], 4),
         ({"keep_hardest": 0.5, "keep_hardest_from": 3}, [4], 3.5),
     ],

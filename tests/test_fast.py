@@ -194,9 +194,21 @@ def test_gradients_of_gradients(channels: int) -> None:
         )
 
 
+def _smoothed(layer: torch.nn.Module) -> torch.nn.Module:
+    """Without kinks and ties, at which a rounding error decides where a gradient goes."""
+    if isinstance(layer, torch.nn.ReLU):
+        return torch.nn.Softplus()
+    if isinstance(layer, torch.nn.MaxPool2d):
+        return torch.nn.AvgPool2d(layer.kernel_size)
+    for name, inner in layer.named_children():
+        setattr(layer, name, _smoothed(inner))
+    return layer
+
+
 def test_a_whole_network_trains_alike() -> None:
     torch.manual_seed(0)
-    plain = build_model(TrainConfig(model="vgg11"), 10).to(memory_format=torch.channels_last)
+    plain = _smoothed(build_model(TrainConfig(model="vgg11"), 10))
+    plain = plain.to(memory_format=torch.channels_last)
     quick = copy.deepcopy(plain)
     fast.use_fast_paths(quick, CPU, FP32)
     x = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -205,7 +217,7 @@ def test_a_whole_network_trains_alike() -> None:
     for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
         if ours.ndim == 4:  # behind a filter comes batch norm, so that its bias has no gradient
             largest = float(theirs.grad.abs().max())
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0.01 * largest)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-3 * largest)
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 5])

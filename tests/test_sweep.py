@@ -289,6 +289,13 @@ def test_a_sweep_of_choices_is_refused_where_names_or_validation_are_not_right(
         choices_of(read_sweep(tmp_path / "own.yaml"))
 
 
+@pytest.mark.parametrize("values", ["[1e-3, 5e-4]", "[0, 1]"])
+def test_a_grid_of_choices_may_spell_its_numbers_in_any_way(tmp_path, values):
+    text = BASE.replace("epochs: 1", "epochs: 1, val_fraction: 0.2") + "grid: {%s: %s}\n"
+    (tmp_path / "own.yaml").write_text(text % ("mixup", values))
+    assert choices_of(read_sweep(tmp_path / "own.yaml")).asked == ["mixup"]
+
+
 def test_the_role_of_each_hyperparameter_is_told():
     path = "params/02_speed/ablations.yaml"
     table = roles(choices_of(read_sweep(path)), search_of(path)).role
