@@ -5,6 +5,7 @@ Each equals the plain way by test, in values and in gradients. Measured gains st
 alone is no faster: the plain way writes out of bounds there.
 """
 
+import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_lib import fast_gradients, fast_winograd
+from cifar_lib import fast_depthwise, fast_products, fast_winograd
 
-# Pixels of the output map up to which one product makes the weight gradient faster than oneDNN, in
-# float32; in bfloat16 it does up to 9 pixels, and at 16 the two are within the noise.
+# Pixels of the output map up to which one product makes the weight gradient faster than oneDNN;
+# in bfloat16 without AMX it does up to 9 pixels, and at 16 the two are within the noise.
 LARGEST_AREA = 16
+LARGEST_AREA_AMX = 64
+# With AMX, up to which a product makes the output and the input gradient faster, too: of a narrow
+# map oneDNN fills a part of a tile's 16 rows only.
+LARGEST_PRODUCT_AMX = 16
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
 # Input channels below which a strided 1×1 convolution is not left to oneDNN: its vectors' length.
@@ -102,11 +107,36 @@ def _takes_plain_way(layer: nn.Conv2d, x: Tensor) -> bool:
     )
 
 
-def _convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+def _lowered(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that a convolution of `x` computes in, channels_last."""
     dtype = _dtype(x)
-    x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, layer.weight))
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return _Convolution.apply(x, weight, bias, layer.stride, layer.padding)
+    x, weight = (t.to(dtype, memory_format=torch.channels_last) for t in (x, weight))
+    return x, weight
+
+
+def _computes_with_amx(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def _output_area(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Any) -> int:
+    """Pixels of the output map."""
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    return math.prod((size + 2 * p - kernel) // step + 1 for size, kernel, step, p in sizes)
+
+
+def _weight_product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
+    limit = LARGEST_AREA_AMX if _computes_with_amx(dtype) else LARGEST_AREA
+    return _output_area(*convolution) <= limit
+
+
+def _product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
+    return _computes_with_amx(dtype) and _output_area(*convolution) <= LARGEST_PRODUCT_AMX
+
+
+def _turns(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+    """Whether the input gradient is a convolution with the filters turned by half."""
+    within = (p < kernel for p, kernel in zip(padding, weight.shape[2:], strict=True))
+    return stride == (1, 1) and all(within)
 
 
 def _filtering_pays(dtype: torch.dtype, x: Tensor, weight: Tensor, *place: Any) -> bool:
@@ -122,29 +152,27 @@ def _filtering_pays(dtype: torch.dtype, x: Tensor, weight: Tensor, *place: Any) 
 class DenseConv2d(nn.Conv2d):
     """A convolution of all channels, with the ways of this file where they pay.
 
-    On small maps oneDNN's weight gradient is slower than one matrix product, and unfolding such
-    maps costs next to nothing. In float32 a convolution of 3×3 taps and many channels takes fewer
+    On small maps oneDNN's weight gradient is slower than one matrix product, with AMX the rest of a
+    convolution, too. In float32 a convolution of 3×3 taps and many channels takes fewer
     multiplications by minimal filtering (`benchmarks/fast_paths.py`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c_in, H, W) to (N, c_out, H', W'), as `nn.Conv2d` does."""
-        return _convolve(self, x) if self.pays(x) else super().forward(x)
+        if not self.pays(x):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(_dtype(x))
+        place = self.stride, self.padding
+        return _DenseConvolution.apply(*_lowered(x, self.weight), bias, *place)
 
     def pays(self, x: Tensor) -> bool:
         """Whether a way of this file is taken for maps (N, c_in, H, W)."""
         if _takes_plain_way(self, x):
             return False
-        filtered = _filtering_pays(_dtype(x), x, self.weight, self.stride, self.padding)
-        return filtered or self._output_area(x) <= LARGEST_AREA
-
-    def _output_area(self, x: Tensor) -> int:
-        assert not isinstance(self.padding, str)
-        area = 1
-        for i, size in enumerate(x.shape[2:]):
-            room = size + 2 * self.padding[i] - self.kernel_size[i]
-            area *= room // self.stride[i] + 1
-        return area
+        convolution = x, self.weight, self.stride, self.padding
+        return any(
+            pays(_dtype(x), *convolution) for pays in (_filtering_pays, _weight_product_pays)
+        )
 
 
 class SubsampledConv2d(nn.Conv2d):
@@ -171,22 +199,24 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c, H, W) to (N, c, H', W'), as `nn.Conv2d` does."""
-        easy = self.stride == (1, 1) and self.kernel_size[1] <= fast_gradients.COLUMNS
+        easy = self.stride == (1, 1) and self.kernel_size[1] <= fast_depthwise.COLUMNS
         plain = (
             easy
             or self.bias is not None
             or _takes_plain_way(self, x)
             or not self._padding_within_kernel()
         )
-        return super().forward(x) if plain else _convolve(self, x)
+        if plain:
+            return super().forward(x)
+        return _DepthwiseConvolution.apply(*_lowered(x, self.weight), self.stride, self.padding)
 
     def _padding_within_kernel(self) -> bool:
         assert not isinstance(self.padding, str)
         return all(p < k for p, k in zip(self.padding, self.kernel_size, strict=True))
 
 
-class _Convolution(torch.autograd.Function):
-    """`F.conv2d` with the gradients of these files: of a dense convolution or a depthwise one."""
+class _DenseConvolution(torch.autograd.Function):
+    """`F.conv2d` by filtering or, as far as they pay, by products."""
 
     @staticmethod
     def forward(
@@ -194,35 +224,57 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = stride, padding
-        ctx.filtered = _filtering_pays(x.dtype, x, weight, stride, padding)
+        ctx.filtered, ctx.multiplied = (
+            pays(x.dtype, x, weight, stride, padding) for pays in (_filtering_pays, _product_pays)
+        )
         if ctx.filtered:
             y = fast_winograd.convolve(x, weight)
             return y if bias is None else y.add_(bias[:, None, None])
-        return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1] // weight.shape[1])
+        if ctx.multiplied:
+            return fast_products.convolve(x, weight, bias, stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        stride, padding = ctx.place
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        depthwise = weight.shape[1] < x.shape[1]
         of_x = None
         if ctx.needs_input_grad[0]:
-            if depthwise:
-                of_x = fast_gradients.depthwise_input_gradient(
-                    gradient, weight, x.shape[2:], *ctx.place
-                )
-            elif ctx.filtered:
+            if ctx.filtered:
                 of_x = fast_winograd.input_gradient(gradient, weight)
+            elif ctx.multiplied and _turns(weight, stride, padding):
+                of_x = fast_products.input_gradient(gradient, weight, padding)
             else:
                 of_x = torch.ops.aten.convolution_backward(
-                    gradient, x, weight, None, *ctx.place, (1, 1), False, (0, 0), 1,
+                    gradient, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1,
                     (True, False, False),
                 )[0]  # fmt: skip
         if ctx.filtered:
             of_weight = fast_winograd.weight_gradient(x, gradient)
         else:
-            way = "depthwise_weight_gradient" if depthwise else "weight_gradient"
-            compute = getattr(fast_gradients, way)
-            of_weight = compute(x, gradient, weight.shape[2:], *ctx.place)
+            of_weight = fast_products.weight_gradient(
+                x, gradient, weight.shape[2:], stride, padding
+            )
         of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_bias, None, None
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """`F.conv2d` of one channel a group, without bias, with the gradients of `fast_depthwise`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.place = stride, padding
+        return F.conv2d(x, weight, None, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = fast_depthwise.input_gradient(gradient, weight, x.shape[2:], *ctx.place)
+        of_weight = fast_depthwise.weight_gradient(x, gradient, weight.shape[2:], *ctx.place)
+        return of_x, of_weight, None, None

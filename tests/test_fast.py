@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cifar_lib import fast, fast_gradients, fast_winograd
+from cifar_lib import fast, fast_depthwise, fast_products, fast_winograd
 from cifar_lib.config import ROOT, TrainConfig
 from cifar_lib.models import build_model
 
@@ -20,6 +20,11 @@ CPU, BF16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float32
 def x86(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 the paths are those of x86; here they are tested wherever the tests run."""
     monkeypatch.setattr(fast.platform, "machine", lambda: "x86_64")
+
+
+def take_amx(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    """Chooses the ways of a processor with AMX, or of one without; the test's own has any."""
+    monkeypatch.setattr(fast.torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
 
 
 def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tuple[Tensor, ...]:
@@ -93,16 +98,26 @@ def test_a_narrow_network_trains_without_a_crash() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "amx"), [(BF16, False), (BF16, True), (FP32, True)], ids=["bf16", "amx", "fp32"]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2)])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2), (2, 3)])
 def test_a_convolution_of_small_maps(
-    side: int, stride: int, kernel: int, padding: int, bias: bool, dtype: torch.dtype
+    side: int,
+    stride: int,
+    kernel: int,
+    padding: int,
+    bias: bool,
+    dtype: torch.dtype,
+    amx: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if side + 2 * padding < kernel:
         pytest.skip("the kernel does not fit")
+    take_amx(monkeypatch, amx)
     torch.manual_seed(0)
     plain = nn.Conv2d(16, 24, kernel, stride, padding, bias=bias).to(
         memory_format=torch.channels_last
@@ -161,6 +176,17 @@ def calls_of_filtering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("convolve", "input_gradient", "weight_gradient"):
         count(name)
     return taken
+
+
+def test_what_follows_a_product_may_change_it_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_amx(monkeypatch, True)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, padding=1)
+    fast.use_fast_paths(layer, CPU, BF16)
+    with torch.autocast("cpu", BF16):
+        y = layer(torch.randn(2, 8, 4, 4))
+    y.relu_().sum().backward()
+    assert layer.weight.grad is not None and float(y.detach().min()) == 0
 
 
 def test_what_follows_a_filtered_convolution_may_change_it_in_place() -> None:
@@ -236,15 +262,22 @@ def test_minimal_filtering_is_exact_in_double(pieces: int, monkeypatch: pytest.M
     torch.testing.assert_close(fast_winograd.weight_gradient(x, gradient), of_weight)
 
 
-def test_the_weight_gradient_is_exact_in_double() -> None:
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+def test_products_are_exact_in_double(stride: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, 6, dtype=torch.double).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(7, 4, 3, 2, dtype=torch.double, requires_grad=True)
-    y = torch.nn.functional.conv2d(x, weight, stride=(2, 1), padding=(1, 0))
+    weight, bias = torch.randn(7, 4, 3, 2, dtype=torch.double), torch.randn(7, dtype=torch.double)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding=(1, 0))
     gradient = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, weight, gradient)
-    ours = fast_gradients.weight_gradient(x, gradient, (3, 2), (2, 1), (1, 0))
-    torch.testing.assert_close(ours, expected)
+    of_x, of_weight = torch.autograd.grad(y, (x, weight), gradient)
+    x, weight, place = x.detach(), weight.detach(), (stride, (1, 0))
+    torch.testing.assert_close(fast_products.convolve(x, weight, bias, *place), y)
+    ours = fast_products.weight_gradient(x, gradient, (3, 2), *place)
+    torch.testing.assert_close(ours, of_weight)
+    if stride == (1, 1):
+        torch.testing.assert_close(fast_products.input_gradient(gradient, weight, (1, 0)), of_x)
 
 
 @pytest.mark.parametrize("side", [1, 3, 8])
@@ -274,10 +307,10 @@ def test_the_depthwise_gradients_are_exact_in_double() -> None:
     gradient = torch.randn_like(y)
     expected = torch.autograd.grad(y, (x, weight), gradient)
     place = ((2, 1), (2, 1))
-    ours = fast_gradients.depthwise_input_gradient(gradient, weight, (9, 8), *place)
+    ours = fast_depthwise.input_gradient(gradient, weight, (9, 8), *place)
     torch.testing.assert_close(ours, expected[0])
     torch.testing.assert_close(
-        fast_gradients.depthwise_weight_gradient(x, gradient, (5, 4), *place), expected[1]
+        fast_depthwise.weight_gradient(x, gradient, (5, 4), *place), expected[1]
     )
 
 
@@ -290,7 +323,7 @@ def test_a_depthwise_kernel_far_wider_than_its_map(kernel: int, side: int) -> No
     y = torch.nn.functional.conv2d(x, weight, None, *place, groups=4)
     gradient = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, weight, gradient)
-    ours = fast_gradients.depthwise_weight_gradient(x, gradient, (kernel, kernel), *place)
+    ours = fast_depthwise.weight_gradient(x, gradient, (kernel, kernel), *place)
     torch.testing.assert_close(ours, expected)
 
 
@@ -355,19 +388,33 @@ def test_a_depthwise_convolution_in_float32_stays_plain() -> None:
     assert type(model[0]) is nn.Conv2d
 
 
-def test_large_maps_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, ...]] = []
-    plain = fast_gradients.weight_gradient
-    monkeypatch.setattr(
-        fast_gradients,
-        "weight_gradient",
-        lambda x, *rest: taken.append(tuple(x.shape)) or plain(x, *rest),
-    )
+@pytest.mark.parametrize(
+    ("amx", "largest", "ways"),
+    [
+        (False, 4, ["weight_gradient"]),
+        (True, 4, ["convolve", "input_gradient", "weight_gradient"]),
+        (True, 8, ["weight_gradient"]),
+    ],
+)
+def test_large_maps_take_the_plain_way(
+    amx: bool, largest: int, ways: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_amx(monkeypatch, amx)
+    taken: list[str] = []
+
+    def count(name: str) -> None:
+        plain = getattr(fast_products, name)
+        monkeypatch.setattr(fast_products, name, lambda *a: taken.append(name) or plain(*a))
+
+    for name in ("convolve", "input_gradient", "weight_gradient"):
+        count(name)
     layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
     fast.use_fast_paths(layer, CPU, BF16)
-    for side in (4, 5):
-        run(layer, torch.randn(2, 4, side, side), None)
-    assert taken == [(2, 4, 4, 4)]
+    run(layer, torch.randn(2, 4, largest, largest), None)
+    assert taken == ways
+    taken.clear()
+    run(layer, torch.randn(2, 4, largest + 1, largest + 1), None)
+    assert taken == (ways[-1:] if len(ways) == 3 else [])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Gradients of convolutions, made of what the library has fast kernels for.
+"""Gradients of depthwise convolutions, made of what the library has fast kernels for.
 
 Each equals PyTorch's by test; `fast.py` says where which of them is taken.
 """
@@ -9,43 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COLUMNS = 3  # taps: the width of the widest depthwise kernel whose weight gradient is fast
+COLUMNS = 3  # taps: the width of the widest kernel whose weight gradient is fast
 
 
-def weight_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """Computes a convolution's weight gradient as one product of unfolded maps.
-
-    Args:
-        x: the input (N, c_in, H, W), channels_last.
-        gradient: of the output (N, c_out, H', W'), channels_last.
-        kernel: height and width.
-        stride: in pixels, vertical and horizontal.
-        padding: zeros on each side, pixels, vertical and horizontal.
-
-    Returns:
-        (c_out, c_in, *kernel), channels_last, of the dtype of `x`.
-    """
-    (n, c_out, h_out, w_out), (kh, kw) = gradient.shape, kernel
-    borders = (0, 0, padding[1], padding[1], padding[0], padding[0])
-    padded = F.pad(x.permute(0, 2, 3, 1), borders).contiguous()  # as maps of one pixel are not
-    _, height, width, c = padded.shape
-    row = width * c
-    patches = padded.as_strided(
-        (n, h_out, w_out, kh, kw, c),
-        (height * row, stride[0] * row, stride[1] * c, row, c, 1),
-    )
-    rows = gradient.permute(0, 2, 3, 1).reshape(-1, c_out)
-    product = rows.T @ patches.reshape(len(rows), -1)  # (c_out, kh · kw · c_in)
-    return product.view(c_out, kh, kw, c).permute(0, 3, 1, 2)
-
-
-def depthwise_input_gradient(
+def input_gradient(
     gradient: Tensor,
     weight: Tensor,
     size: tuple[int, ...],
@@ -86,7 +53,7 @@ def depthwise_input_gradient(
     return result
 
 
-def depthwise_weight_gradient(
+def weight_gradient(
     x: Tensor,
     gradient: Tensor,
     kernel: tuple[int, ...],
