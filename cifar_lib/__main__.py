@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +91,7 @@ def train(
     """
     from cifar_lib import distributed
     from cifar_lib.config import TrainConfig, parse_config
-    from cifar_lib.config_yaml import read_yaml
+    from cifar_lib.config_yaml import BROKEN_YAML, read_yaml
     from cifar_lib.study import runs
     from cifar_lib.study_sweep import REPORT_ONLY
 
@@ -107,7 +108,7 @@ def train(
                 raise ValueError(f"-p {assignment!r}: expected NAME=VALUE")
             try:
                 values[name] = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError, RecursionError):  # a date that there is not, …
+            except BROKEN_YAML:
                 raise ValueError(f"-p {assignment[:80]!r}: the value is not YAML") from None
         config: TrainConfig = parse_config(values)
         finished = runs(config, seeds or [0], experiment=params.stem, force=force)
@@ -233,6 +234,8 @@ def report(
         raise typer.Exit(1)
 
 
+_FULL = re.compile("out of memory|can.t allocate memory", re.IGNORECASE)
+_SMALLER = "lower batch_size or eval_batch_size, or set micro_batch_size"
 _GOES_ON = "stopped; the same command goes on after what is finished"
 _FORCED = "stopped; --force would begin anew: leave it out, of a study delete the old reports first"
 
@@ -273,6 +276,11 @@ def main() -> None:
         sys.exit(2)
     except (OSError, FloatingPointError) as error:
         print(f"error: {with_remedy(error)}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or _FULL.search(str(error))):
+            raise
+        print(f"error: out of memory: {str(error):.200}; {_SMALLER}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import yaml
 
+# What PyYAML raises on bad text, some of it by accident: on a date that there is not, `!!bool x`, …
+BROKEN_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML lets the last of two equal keys win in silence; here that is an error."""
@@ -28,7 +31,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError, OSError) as error:
+    except (*BROKEN_YAML, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise ValueError(f"{path}: {reason}") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

@@ -140,10 +140,12 @@ def _cpu_fact(key: str) -> str:
 def describe_hardware(execution: Execution) -> dict[str, Any]:
     """The hardware record of a summary: device, its name, threads, precision, vector units.
 
-    fp32 on CUDA is tf32 there: `prepare_device` lets products use it.
+    fp32 on CUDA is tf32 where the device has it: `prepare_device` lets products use it.
     """
     device, precision = execution.device.type, execution.precision
     if device == "cuda":
+        if precision == "fp32" and _computes_in_bf16(device):  # Ampere brought both
+            precision = "tf32"
         name = torch.cuda.get_device_name(execution.device)
     else:
         name = _cpu_fact("model name") or platform.processor() or platform.machine()
@@ -152,7 +154,7 @@ def describe_hardware(execution: Execution) -> dict[str, Any]:
         "device": device,
         "name": name,
         "threads": torch.get_num_threads(),
-        "precision": "tf32" if (device, precision) == ("cuda", "fp32") else precision,
+        "precision": precision,
         "vector_unit": next(units, None) if device == "cpu" else None,
     }
 

@@ -7,7 +7,6 @@ state has to be stored.
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -83,7 +82,6 @@ def _train(
         train_stop.epoch_begins()
         metrics = train_epoch(state, execution, progress)
         metrics |= validate(state, splits.val, execution)
-        _check_finite(state, metrics)
         metrics["seconds"] = time.perf_counter() - began
         began = time.perf_counter()
         state.record(metrics)
@@ -239,28 +237,18 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
-def _check_finite(state: TrainState, metrics: Metrics) -> None:
-    """Refuses to record an epoch whose last step, or whose validation, went astray."""
-    val_loss = metrics["val_loss"]
-    weights = torch.stack([p.detach().isfinite().all() for p in state.model.parameters()])
-    if not bool(weights.all()) or (val_loss is not None and not math.isfinite(val_loss)):
-        raise FloatingPointError(
-            f"the weights or the validation loss are not finite after epoch {metrics['epoch']}, "
-            f"step {state.steps_per_epoch}; lower learning_rate (now "
-            f"{state.config.learning_rate:g}) or use precision fp32"
-        )
-
-
 def _compile(state: TrainState, execution: Execution) -> float:
     """Compiles the model and runs it once, untimed by the loop; leaves the weights as they were."""
     began = time.perf_counter()
+    torch.compiler.reset()  # a process compiles a model's code a few times, then it runs as it is
     config, side = state.config, state.data.images.shape[-1]
     share = state.batches(0)[1] // distributed.size()
     size = config.micro_batch_size or share
     mode = None
-    if execution.device.type == "cuda":
-        # With CUDA graphs a step is one launch, not hundreds; but a graph's gradients are
-        # overwritten when it runs again, so they cannot add up over micro-batches.
+    if execution.device.type == "cuda" and not config.deterministic:
+        # Tuned by the clock, so another run may choose other kernels. With CUDA graphs a step is
+        # one launch, not hundreds; but a graph's gradients are overwritten when it runs again, so
+        # they cannot add up over micro-batches.
         mode = "max-autotune" if size == share else "max-autotune-no-cudagraphs"
     state.forward = torch.compile(state.model, mode=mode, dynamic=False)  # type: ignore[assignment]
     before = copy.deepcopy(state.model.state_dict())
@@ -268,8 +256,13 @@ def _compile(state: TrainState, execution: Execution) -> float:
     set_training_mode(state.model)  # as in an epoch: another mode would be compiled anew there
     for pixels in {side, config.small_side or side}:
         x = torch.zeros(size, 3, pixels, pixels, dtype=execution.dtype)
-        with execution.autocast():
-            state.forward(x.to(execution.device, memory_format=layout)).float().sum().backward()
+        x = x.to(execution.device, memory_format=layout)
+        try:
+            with execution.autocast():
+                state.forward(x).float().sum().backward()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"compile true: {reason}; set it to false, or mend that") from None
         state.optimizer.zero_grad(set_to_none=True)  # a graph's gradients do not outlive the next
     state.model.load_state_dict(before)
     execution.synchronize()

@@ -39,8 +39,12 @@ def validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
         `measure_train` also `clean_train_loss` and `clean_train_accuracy`: the same on so many
         training images, so that the two differ by the images alone and not by augmentation,
         dropout or weights that still move.
+
+    Raises:
+        FloatingPointError: the last step, or validation, went astray.
     """
     metrics = _measure(state, val, execution, "val")
+    _check_finite(state, state.epoch + 1, "validation", metrics["val_loss"])
     if n := state.config.measure_train:
         share = min(1.0, n / len(state.data))
         _, clean = split_train(state.data, share, None, state.config.split_seed)
@@ -58,6 +62,16 @@ def _measure(state: TrainState, images: ImageSet, execution: Execution, name: st
     }
 
 
+def _check_finite(state: TrainState, epoch: int, name: str, loss: float | None) -> None:
+    weights = torch.stack([p.detach().isfinite().all() for p in state.model.parameters()])
+    if not bool(weights.all()) or (loss is not None and not math.isfinite(loss)):
+        raise FloatingPointError(
+            f"the weights or the {name} loss are not finite after epoch {epoch}, "
+            f"step {state.steps_per_epoch}; lower learning_rate (now "
+            f"{state.config.learning_rate:g}) or use precision fp32"
+        )
+
+
 def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Path) -> Metrics:
     """Reads the test set, once, with the weights that validation chose.
 
@@ -70,6 +84,9 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
     Returns:
         The run's summary: `seed`, `result` (a row of a report's `runs`; accuracies 0..1, seconds),
         and what data, model, machine and code it is of.
+
+    Raises:
+        FloatingPointError: the test loss is not finite, where no validation had told before.
     """
     config, test = state.config, splits.test
     weights = distributed.on_main(lambda: results.load_weights(run_dir))
@@ -79,6 +96,8 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
     if config.tta != "none":
         logits["test_tta"] = _logits(state, test, execution, tta=True)
     evaluation_seconds = time.perf_counter() - began
+    test_loss = cross_entropy(logits["test"], test.labels)
+    _check_finite(state, state.epoch, "test", test_loss)
     distributed.on_main(lambda: results.save_logits(run_dir, logits))
     train_seconds = math.fsum(row["seconds"] for row in state.history)
     seen = sum(math.prod(state.batches(epoch)) for epoch in range(state.epoch))
@@ -92,7 +111,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
             "test_accuracy_tta": (
                 accuracy(logits["test_tta"], test.labels) if "test_tta" in logits else None
             ),
-            "test_loss": cross_entropy(logits["test"], test.labels),
+            "test_loss": test_loss,
             "test_top5": top_k_accuracy(logits["test"], test.labels, min(5, len(test.class_names))),
             "best_epoch": state.best["epoch"],
             "epochs": state.epoch,

@@ -37,7 +37,7 @@ ROOMS = [
     "__main__",
 ]
 LINES_OF_A_FILE = 300
-CODE_LINES_OF_THE_LIBRARY = 4850  # with `study_choices`, which were cells of a notebook
+CODE_LINES_OF_THE_LIBRARY = 4920  # with `fast_products`: VGG16 trains 1.4 times as fast with AMX
 
 
 def room_of(module: str) -> str:

@@ -6,6 +6,7 @@ import logging
 import sys
 
 import pytest
+import torch
 from conftest import PARAMS
 
 from cifar_lib import index, study, study_runs
@@ -62,6 +63,9 @@ def test_each_command_explains_itself(call, command):
         (["train", "PARAMS", "-p", "epochs=[1"], "the value is not YAML"),
         (["train", "PARAMS", "-p", "epochs=2024-99-99"], "-p 'epochs=2024-99-99': the value is"),
         (["train", "PARAMS", "-p", f"epochs={'[' * 9999}"], "the value is not YAML"),
+        (["train", "PARAMS", "-p", "epochs=!!bool maybe"], "the value is not YAML"),
+        (["train", "PARAMS", "-p", "epochs=!!int ''"], "the value is not YAML"),
+        (["train", "PARAMS", "-p", "epochs=!!timestamp x"], "the value is not YAML"),
         (["train", "PARAMS", *ONE_IMAGE], "batch_size: imagenet_resnet18's batch norm needs two"),
         (["train", "PARAMS", "-p", "dataset=cifar10", "-p", "data_dir=~nobody-here/x"], "~nobody"),
         (["train", "PARAMS", "-p", "epochs=many"], "epochs: got 'many'"),
@@ -185,3 +189,32 @@ def test_a_training_that_went_astray_is_status_1(call, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "runs", astray)
     (tmp_path / "p.yaml").write_text("dataset: digits")
     assert call("train", str(tmp_path / "p.yaml")) == (1, "", "error: the loss is not finite\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_full_memory_is_one_line(call, tmp_path, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(study, "runs", full)
+    (tmp_path / "p.yaml").write_text("dataset: digits")
+    status, out, err = call("train", str(tmp_path / "p.yaml"))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert str(error) in err and "micro_batch_size" in err
+
+
+def test_another_error_of_a_library_keeps_its_traceback(call, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(study, "runs", broken)
+    (tmp_path / "p.yaml").write_text("dataset: digits")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        call("train", str(tmp_path / "p.yaml"))

@@ -383,7 +383,9 @@ def test_the_code_of_a_training_is_written_alike_by_every_python():
 def test_fp32_on_a_gpu_is_recorded_as_what_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     there = [Execution(torch.device("cuda"), dtype) for dtype in (torch.float32, torch.bfloat16)]
-    assert [execution.describe_hardware(e)["precision"] for e in there] == ["tf32", "bf16"]
+    for capability, fp32 in (((8, 0), "tf32"), ((7, 5), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=capability: of)
+        assert [execution.describe_hardware(e)["precision"] for e in there] == [fp32, "bf16"]
     here = Execution(torch.device("cpu"), torch.float32)
     assert execution.describe_hardware(here)["precision"] == "fp32"
 
@@ -394,6 +396,40 @@ def test_images_with_a_channel_that_is_the_same_everywhere_are_refused(tmp_path,
     splits = dataclasses.replace(digits, train=dataclasses.replace(digits.train, images=flat))
     with pytest.raises(ValueError, match=r"a channel that is the same everywhere .*, 0\.0, "):
         train(tiny(), 0, splits, tmp_path / "run")
+
+
+def test_early_stopping_without_a_validation_image_is_refused(tmp_path, digits, tiny):
+    none = dataclasses.replace(digits, val=digits.val.subset(torch.arange(0)))
+    with pytest.raises(ValueError, match=r"early_stopping 2 .* val_fraction 0\.2 .* leaves none"):
+        train(tiny(early_stopping=2, val_fraction=0.2), 0, none, tmp_path)
+
+
+def test_without_a_compiler_one_line_says_so(digits, tiny, monkeypatch):
+    def compiled(model, **_):
+        def forward(x):
+            raise torch._dynamo.exc.TorchDynamoException("no working C++\ncompiler found")
+
+        return forward
+
+    config = tiny(compile=True)
+    state = train_state.TrainState.start(config, 0, digits, choose_execution(config))
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(ValueError, match=r"^compile true: no working C\+\+ compiler found; set"):
+        train_module._compile(state, choose_execution(config))
+
+
+def test_a_process_compiles_as_often_as_it_likes(digits, tiny, monkeypatch):
+    """Beyond Dynamo's limit of compilations a model's code would run as it is, unannounced."""
+    compiled = []
+    plain, seen = torch.compile, lambda graph, _: compiled.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model, **_: plain(model, backend=seen))
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        state = train_state.TrainState.start(
+            tiny(compile=True), 0, digits, choose_execution(tiny())
+        )
+        compiled.clear()
+        train_module._compile(state, choose_execution(tiny()))
+        assert compiled
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import torch
 from test_train import StopError, stop_after
 from torch import nn
 
-from cifar_lib import distributed, execution
+from cifar_lib import distributed, execution, results, train_evaluate
 from cifar_lib import train as train_module
 from cifar_lib.augment import normalize
 from cifar_lib.data import load_splits
@@ -132,10 +132,18 @@ def test_train_accuracy_is_of_the_images_seen(digits, tiny):
 
 
 def test_a_validation_loss_that_is_not_finite_is_not_recorded(tmp_path, digits, tiny, monkeypatch):
-    lost = {"val_loss": math.inf, "val_accuracy": 0.1}
-    monkeypatch.setattr(train_module, "validate", lambda *_: lost)
+    monkeypatch.setattr(train_evaluate, "cross_entropy", lambda *_: math.inf)
     with pytest.raises(FloatingPointError, match="validation loss .* not finite after epoch 1"):
         train(tiny(), 0, digits, tmp_path)
+
+
+def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path, digits, tiny, monkeypatch):
+    """Without validation nothing else tells of finite weights that went astray."""
+    monkeypatch.setattr(train_evaluate, "cross_entropy", lambda *_: math.inf)
+    none = dataclasses.replace(digits, val=digits.val.subset(torch.arange(0)))
+    with pytest.raises(FloatingPointError, match="test loss are not finite after epoch 2.*lower"):
+        train(tiny(epochs=2, val_fraction=0.0), 0, none, tmp_path)
+    assert not results.is_finished(tmp_path)
 
 
 def test_compiling_leaves_the_model_as_it_was(digits, tiny, monkeypatch):
