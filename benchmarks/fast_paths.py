@@ -34,6 +34,8 @@ SHAPES = {
         (128, 4, 256, 256, 3, 1, 1),
         (128, 7, 256, 256, 3, 1, 1),
         (128, 8, 256, 256, 3, 1, 1),
+        (128, 16, 128, 128, 3, 1, 1),
+        (384, 4, 512, 512, 3, 1, 1),
         (64, 48, 96, 96, 3, 2, 96),
         (64, 24, 144, 144, 5, 2, 144),
         (64, 12, 240, 240, 5, 1, 240),
@@ -61,6 +63,8 @@ SHAPES = {
 NETWORKS = {"resnet18": 128, "vgg16": 64, "speed_net": 250}  # and images a step
 OPEN = {  # the limits of `fast.py`, as if there were none
     "LARGEST_AREA": 2**30,
+    "LARGEST_AREA_AMX": 2**30,
+    "LARGEST_PRODUCT_AMX": 2**30,
     "FEWEST_CHANNELS": 1,
     "LEAST_FACTOR": 0.0,
 }
