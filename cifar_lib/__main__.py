@@ -234,8 +234,8 @@ def report(
         raise typer.Exit(1)
 
 
-_FULL = re.compile("out of memory|can.t allocate memory", re.IGNORECASE)
-_SMALLER = "lower batch_size or eval_batch_size, or set micro_batch_size"
+_FULL = re.compile("out of memory|can(.t|not) allocate memory|not enough memory|bad_alloc", re.I)
+_SMALLER = "give this less at a time (of a training: batch_size, micro_batch_size, eval_batch_size)"
 _GOES_ON = "stopped; the same command goes on after what is finished"
 _FORCED = "stopped; --force would begin anew: leave it out, of a study delete the old reports first"
 
@@ -280,7 +280,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or _FULL.search(str(error))):
             raise
-        print(f"error: out of memory: {str(error):.200}; {_SMALLER}", file=sys.stderr)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"error: out of memory: {reason}; {_SMALLER}", file=sys.stderr)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -6,7 +6,10 @@ from typing import Any
 import yaml
 
 # What PyYAML raises on bad text, some of it by accident: on a date that there is not, `!!bool x`, …
-BROKEN_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+BROKEN_YAML = (
+    *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -5,7 +5,6 @@ Each equals the plain way by test, in values and in gradients. Measured gains st
 alone is no faster: the plain way writes out of bounds there.
 """
 
-import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from cifar_lib import fast_depthwise, fast_products, fast_winograd
 
+# Asked once: Dynamo cannot trace the question.
+HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN;
 # in bfloat16 without AMX it does up to 9 pixels, and at 16 the two are within the noise.
 LARGEST_AREA = 16
@@ -115,28 +116,29 @@ def _lowered(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _computes_with_amx(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return HAS_AMX and dtype == torch.bfloat16
 
 
 def _output_area(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Any) -> int:
-    """Pixels of the output map."""
-    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    return math.prod((size + 2 * p - kernel) // step + 1 for size, kernel, step, p in sizes)
+    """Pixels of the output map, 0 where the kernel does not fit."""
+    area = 1
+    for i, (step, pad) in enumerate(zip(stride, padding, strict=True), 2):
+        area *= max(0, (x.shape[i] + 2 * pad - weight.shape[i]) // step + 1)
+    return area
 
 
 def _weight_product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    limit = LARGEST_AREA_AMX if _computes_with_amx(dtype) else LARGEST_AREA
-    return _output_area(*convolution) <= limit
+    amx = _computes_with_amx(dtype)
+    return 0 < _output_area(*convolution) <= (LARGEST_AREA_AMX if amx else LARGEST_AREA)
 
 
 def _product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    return _computes_with_amx(dtype) and _output_area(*convolution) <= LARGEST_PRODUCT_AMX
+    return _computes_with_amx(dtype) and 0 < _output_area(*convolution) <= LARGEST_PRODUCT_AMX
 
 
 def _turns(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether the input gradient is a convolution with the filters turned by half."""
-    within = (p < kernel for p, kernel in zip(padding, weight.shape[2:], strict=True))
-    return stride == (1, 1) and all(within)
+    return stride == (1, 1) and padding[0] < weight.shape[2] and padding[1] < weight.shape[3]
 
 
 def _filtering_pays(dtype: torch.dtype, x: Tensor, weight: Tensor, *place: Any) -> bool:
@@ -162,8 +164,8 @@ class DenseConv2d(nn.Conv2d):
         if not self.pays(x):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(_dtype(x))
-        place = self.stride, self.padding
-        return _DenseConvolution.apply(*_lowered(x, self.weight), bias, *place)
+        x, weight = _lowered(x, self.weight)
+        return _DenseConvolution.apply(x, weight, bias, self.stride, self.padding)
 
     def pays(self, x: Tensor) -> bool:
         """Whether a way of this file is taken for maps (N, c_in, H, W)."""

@@ -177,8 +177,10 @@ def _check(summary: dict[str, Any]) -> None:
             raise ValueError(f"normalization {key}: got {values!r:.80}; allowed are three floats")
         if not all(math.isfinite(v) and (key == "mean" or v > 0) for v in values):
             raise ValueError(f"normalization {key}: got {values!r:.80}; nothing can be seen so")
-    _ = [summary["result"][key] for key in ("seed", "test_accuracy", "test_loss")]
-    _ = [summary["dataset"][key] for key in ("sha256", "name")]
+    for key in ("test_accuracy", "test_loss"):
+        if type(value := summary["result"][key]) is not float or not math.isfinite(value):
+            raise ValueError(f"{key}: got {value!r:.80}; allowed is a finite number")
+    _ = summary["result"]["seed"], summary["dataset"]["sha256"], summary["dataset"]["name"]
 
 
 def alone(result: dict[str, Any]) -> bool:

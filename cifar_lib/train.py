@@ -261,6 +261,8 @@ def _compile(state: TrainState, execution: Execution) -> float:
             with execution.autocast():
                 state.forward(x).float().sum().backward()
         except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(full := getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+                raise full from None
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"compile true: {reason}; set it to false, or mend that") from None
         state.optimizer.zero_grad(set_to_none=True)  # a graph's gradients do not outlive the next

@@ -49,6 +49,7 @@ def validate(state: TrainState, val: ImageSet, execution: Execution) -> Metrics:
         share = min(1.0, n / len(state.data))
         _, clean = split_train(state.data, share, None, state.config.split_seed)
         metrics |= _measure(state, clean, execution, "clean_train")
+        _check_finite(state, state.epoch + 1, "clean training", metrics["clean_train_loss"])
     return metrics
 
 
@@ -66,9 +67,8 @@ def _check_finite(state: TrainState, epoch: int, name: str, loss: float | None) 
     weights = torch.stack([p.detach().isfinite().all() for p in state.model.parameters()])
     if not bool(weights.all()) or (loss is not None and not math.isfinite(loss)):
         raise FloatingPointError(
-            f"the weights or the {name} loss are not finite after epoch {epoch}, "
-            f"step {state.steps_per_epoch}; lower learning_rate (now "
-            f"{state.config.learning_rate:g}) or use precision fp32"
+            f"the weights or the {name} loss are not finite after epoch {epoch}; "
+            f"lower learning_rate (now {state.config.learning_rate:g}) or use precision fp32"
         )
 
 
@@ -97,7 +97,7 @@ def finish(state: TrainState, splits: Splits, execution: Execution, run_dir: Pat
         logits["test_tta"] = _logits(state, test, execution, tta=True)
     evaluation_seconds = time.perf_counter() - began
     test_loss = cross_entropy(logits["test"], test.labels)
-    _check_finite(state, state.epoch, "test", test_loss)
+    _check_finite(state, state.best["epoch"], "test", test_loss)
     distributed.on_main(lambda: results.save_logits(run_dir, logits))
     train_seconds = math.fsum(row["seconds"] for row in state.history)
     seen = sum(math.prod(state.batches(epoch)) for epoch in range(state.epoch))

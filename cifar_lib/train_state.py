@@ -61,10 +61,7 @@ class TrainState:
     ) -> "TrainState":
         """Makes the state before the first epoch; the seed decides the initial weights."""
         if config.early_stopping and not len(splits.val):
-            raise ValueError(
-                f"early_stopping {config.early_stopping} needs validation images: val_fraction "
-                f"{config.val_fraction:g} of these data leaves none"
-            )
+            raise ValueError("early_stopping: val_fraction leaves no validation image")
         torch.manual_seed(seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         mean, std = expected_statistics(config) or splits.train.statistics

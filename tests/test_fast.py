@@ -24,7 +24,7 @@ def x86(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def take_amx(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
     """Chooses the ways of a processor with AMX, or of one without; the test's own has any."""
-    monkeypatch.setattr(fast.torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(fast, "HAS_AMX", amx)
 
 
 def run(layer: nn.Conv2d, x: Tensor, gradient: Tensor | None, dtype=BF16) -> tuple[Tensor, ...]:
@@ -104,18 +104,20 @@ def test_a_narrow_network_trains_without_a_crash() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("kernel", "padding"), [(3, 1), (3, 0), (2, 0), (5, 2), (2, 3), ((5, 1), (3, 0))]
+)
 def test_a_convolution_of_small_maps(
     side: int,
     stride: int,
-    kernel: int,
-    padding: int,
+    kernel: int | tuple[int, int],
+    padding: int | tuple[int, int],
     bias: bool,
     dtype: torch.dtype,
     amx: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if side + 2 * padding < kernel:
+    if isinstance(kernel, int) and isinstance(padding, int) and side + 2 * padding < kernel:
         pytest.skip("the kernel does not fit")
     take_amx(monkeypatch, amx)
     torch.manual_seed(0)
@@ -202,8 +204,12 @@ def test_what_follows_a_filtered_convolution_may_change_it_in_place() -> None:
     torch.testing.assert_close(quick[0].weight.grad, plain[0].weight.grad, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("channels", [16, 128])
-def test_gradients_of_gradients(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "product"), [(16, False), (16, True), (128, False)])
+def test_gradients_of_gradients(
+    channels: int, product: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if product:  # in float32, where a difference can be told from rounding
+        monkeypatch.setattr(fast, "_computes_with_amx", lambda _: True)
     torch.manual_seed(0)
     plain = nn.Conv2d(channels, channels, 3, padding=1)
     quick = copy.deepcopy(plain)
@@ -327,8 +333,31 @@ def test_a_depthwise_kernel_far_wider_than_its_map(kernel: int, side: int) -> No
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "amx"), [(BF16, False), (BF16, True), (FP32, True)], ids=["bf16", "amx", "fp32"]
+)
+def test_fast_paths_are_compiled_as_one_graph(
+    dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each break is a graph more, and beyond Dynamo's limit the rest runs uncompiled."""
+    take_amx(monkeypatch, amx)
+    torch.compiler.reset()
+    layers = [nn.Conv2d(128, 128, 3, padding=1) for _ in range(2)]
+    net = nn.Sequential(*layers, nn.ReLU(inplace=True))
+    fast.use_fast_paths(net, CPU, dtype)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    for side in (4, 8):
+        x = torch.randn(2, 128, side, side).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            assert torch.equal(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("groups", [1, 8])
-def test_what_plain_pytorch_accepts_or_refuses_is_accepted_or_refused(groups: int) -> None:
+def test_what_plain_pytorch_accepts_or_refuses_is_accepted_or_refused(
+    groups: int, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_amx(monkeypatch, amx)
     layer = nn.Conv2d(8, 8, 5, padding=2, stride=2, groups=groups, bias=False)
     fast.use_fast_paths(layer, CPU, BF16)
     assert type(layer) is not nn.Conv2d
@@ -337,6 +366,10 @@ def test_what_plain_pytorch_accepts_or_refuses_is_accepted_or_refused(groups: in
     for wrong in (torch.randn(2, 16, 4, 4), torch.randn(2, 8, 4, 4).bfloat16()):
         with pytest.raises(RuntimeError, match="channels|type"):
             layer(wrong)
+    unfit = nn.Conv2d(8, 8, 5, groups=groups, bias=False)
+    fast.use_fast_paths(unfit, CPU, BF16)
+    with torch.autocast("cpu", BF16), pytest.raises(RuntimeError, match="greater than actual"):
+        unfit(torch.randn(2, 8, 2, 2))
 
 
 def test_what_a_depthwise_kernel_does_not_cover_goes_the_plain_way() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -43,7 +44,9 @@ def test_a_broken_record_is_named(run, tmp_path):
     for path in run.path.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     result = {key: value for key, value in run.summary["result"].items() if key != "test_loss"}
-    for text in ("{", json.dumps(run.summary | {"result": result})):
+    lost = ({}, {"test_loss": None}, {"test_loss": math.inf})
+    records = [json.dumps(run.summary | {"result": result | value}) for value in lost]
+    for text in ("{", *records):
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(ValueError, match="broken run record"):
             results.load_run(tmp_path)

@@ -400,7 +400,7 @@ def test_images_with_a_channel_that_is_the_same_everywhere_are_refused(tmp_path,
 
 def test_early_stopping_without_a_validation_image_is_refused(tmp_path, digits, tiny):
     none = dataclasses.replace(digits, val=digits.val.subset(torch.arange(0)))
-    with pytest.raises(ValueError, match=r"early_stopping 2 .* val_fraction 0\.2 .* leaves none"):
+    with pytest.raises(ValueError, match="early_stopping: val_fraction leaves no"):
         train(tiny(early_stopping=2, val_fraction=0.2), 0, none, tmp_path)
 
 
@@ -419,7 +419,7 @@ def test_without_a_compiler_one_line_says_so(digits, tiny, monkeypatch):
 
 
 def test_a_process_compiles_as_often_as_it_likes(digits, tiny, monkeypatch):
-    """Beyond Dynamo's limit of compilations a model's code would run as it is, unannounced."""
+    """Beyond Dynamo's limit of compilations a model's code would run as it is."""
     compiled = []
     plain, seen = torch.compile, lambda graph, _: compiled.append(graph) or graph.forward
     monkeypatch.setattr(torch, "compile", lambda model, **_: plain(model, backend=seen))
@@ -429,7 +429,7 @@ def test_a_process_compiles_as_often_as_it_likes(digits, tiny, monkeypatch):
         )
         compiled.clear()
         train_module._compile(state, choose_execution(tiny()))
-        assert compiled
+        assert len(compiled) == 1
 
 
 @pytest.mark.long
