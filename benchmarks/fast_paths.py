@@ -64,7 +64,6 @@ NETWORKS = {"resnet18": 128, "vgg16": 64, "speed_net": 250}  # and images a step
 OPEN = {  # the limits of `fast.py`, as if there were none
     "LARGEST_AREA": 2**30,
     "LARGEST_AREA_AMX": 2**30,
-    "LARGEST_PRODUCT_AMX": 2**30,
     "FEWEST_CHANNELS": 1,
     "LEAST_FACTOR": 0.0,
 }
@@ -117,21 +116,14 @@ def main() -> None:
         results.append(facts | {"seconds": times, "gain": gain, "taken": taken})
 
     def measure_pair(name: str, pair: Sequence[nn.Module], x: torch.Tensor) -> None:
-        """Within the limits; and without them, where they leave something out."""
+        """Within the limits; without them, where they leave it to the plain way."""
         plain, quick = (module.to(memory_format=torch.channels_last) for module in pair)
         x = x.to(execution.dtype, memory_format=torch.channels_last).requires_grad_()
         fast.use_fast_paths(quick, execution.device, execution.dtype)
-        works, taken, beyond = {"plain": plain, "fast": quick}, True, False
-        if isinstance(quick, fast.DenseConv2d):
-            with execution.autocast():
-                taken = quick.pays(x)
-            place = quick.weight, quick.stride, quick.padding
-            whole = not fast.HAS_AMX or fast._product_pays(execution.dtype, x, *place)
-            beyond = not (taken and (whole or execution.precision == "fp32"))
-        for chosen in [limits] * taken + [OPEN] * beyond:
-            told = name if chosen is limits else f"{name}, without limits"
-            passes = {k: step(v, x, execution, chosen) for k, v in works.items()}
-            measure(told, chosen is limits, **passes)
+        with execution.autocast():
+            taken = not isinstance(quick, fast.DenseConv2d) or quick.pays(x)
+        works, chosen = {"plain": plain, "fast": quick}, limits if taken else OPEN
+        measure(name, taken, **{k: step(v, x, execution, chosen) for k, v in works.items()})
         vars(fast).update(limits)
 
     for precision in precisions:

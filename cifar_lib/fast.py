@@ -20,10 +20,9 @@ HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN;
 # in bfloat16 without AMX it does up to 9 pixels, and at 16 the two are within the noise.
 LARGEST_AREA = 16
-LARGEST_AREA_AMX = 64
 # With AMX, up to which a product makes the output and the input gradient faster, too: of a narrow
 # map oneDNN fills a part of a tile's 16 rows only.
-LARGEST_PRODUCT_AMX = 16
+LARGEST_AREA_AMX = 16
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
 # Input channels below which a strided 1×1 convolution is not left to oneDNN: its vectors' length.
@@ -128,12 +127,11 @@ def _output_area(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: An
 
 
 def _weight_product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    amx = _computes_with_amx(dtype)
-    return 0 < _output_area(*convolution) <= (LARGEST_AREA_AMX if amx else LARGEST_AREA)
+    return 0 < _output_area(*convolution) <= LARGEST_AREA
 
 
 def _product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    return _computes_with_amx(dtype) and 0 < _output_area(*convolution) <= LARGEST_PRODUCT_AMX
+    return _computes_with_amx(dtype) and 0 < _output_area(*convolution) <= LARGEST_AREA_AMX
 
 
 def _turns(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:

@@ -426,7 +426,6 @@ def test_a_depthwise_convolution_in_float32_stays_plain() -> None:
     [
         (False, 4, ["weight_gradient"]),
         (True, 4, ["convolve", "input_gradient", "weight_gradient"]),
-        (True, 8, ["weight_gradient"]),
     ],
 )
 def test_large_maps_take_the_plain_way(
@@ -447,7 +446,7 @@ def test_large_maps_take_the_plain_way(
     assert taken == ways
     taken.clear()
     run(layer, torch.randn(2, 4, largest + 1, largest + 1), None)
-    assert taken == (ways[-1:] if len(ways) == 3 else [])
+    assert taken == []
 
 
 @pytest.mark.parametrize(
