@@ -63,7 +63,6 @@ SHAPES = {
 NETWORKS = {"resnet18": 128, "vgg16": 64, "speed_net": 250}  # and images a step
 OPEN = {  # the limits of `fast.py`, as if there were none
     "LARGEST_AREA": 2**30,
-    "LARGEST_AREA_AMX": 2**30,
     "FEWEST_CHANNELS": 1,
     "LEAST_FACTOR": 0.0,
 }

@@ -7,8 +7,13 @@ import yaml
 
 # What PyYAML raises on bad text, some of it by accident: on a date that there is not, `!!bool x`, …
 BROKEN_YAML = (
-    *(yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError),
-    *(ArithmeticError, RecursionError),
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
 )
 
 

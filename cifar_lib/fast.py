@@ -19,10 +19,9 @@ from cifar_lib import fast_depthwise, fast_products, fast_winograd
 HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN;
 # in bfloat16 without AMX it does up to 9 pixels, and at 16 the two are within the noise.
+# With AMX it makes the output and the input gradient faster, too: of a narrow map oneDNN fills a
+# part of a tile's 16 rows only.
 LARGEST_AREA = 16
-# With AMX, up to which a product makes the output and the input gradient faster, too: of a narrow
-# map oneDNN fills a part of a tile's 16 rows only.
-LARGEST_AREA_AMX = 16
 # By minimal filtering: the fewest channels, and how many times fewer multiplications, that pay.
 FEWEST_CHANNELS, LEAST_FACTOR = 128, 3.0
 # Input channels below which a strided 1×1 convolution is not left to oneDNN: its vectors' length.
@@ -118,20 +117,12 @@ def _computes_with_amx(dtype: torch.dtype) -> bool:
     return HAS_AMX and dtype == torch.bfloat16
 
 
-def _output_area(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: Any) -> int:
+def _output_area(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: Any) -> int:
     """Pixels of the output map, 0 where the kernel does not fit."""
     area = 1
     for i, (step, pad) in enumerate(zip(stride, padding, strict=True), 2):
         area *= max(0, (x.shape[i] + 2 * pad - weight.shape[i]) // step + 1)
     return area
-
-
-def _weight_product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    return 0 < _output_area(*convolution) <= LARGEST_AREA
-
-
-def _product_pays(dtype: torch.dtype, *convolution: Any) -> bool:
-    return _computes_with_amx(dtype) and 0 < _output_area(*convolution) <= LARGEST_AREA_AMX
 
 
 def _turns(weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
@@ -169,10 +160,8 @@ class DenseConv2d(nn.Conv2d):
         """Whether a way of this file is taken for maps (N, c_in, H, W)."""
         if _takes_plain_way(self, x):
             return False
-        convolution = x, self.weight, self.stride, self.padding
-        return any(
-            pays(_dtype(x), *convolution) for pays in (_filtering_pays, _weight_product_pays)
-        )
+        small = 0 < _output_area(x, self.weight, self.stride, self.padding) <= LARGEST_AREA
+        return small or _filtering_pays(_dtype(x), x, self.weight, self.stride, self.padding)
 
 
 class SubsampledConv2d(nn.Conv2d):
@@ -224,13 +213,11 @@ class _DenseConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.place = stride, padding
-        ctx.filtered, ctx.multiplied = (
-            pays(x.dtype, x, weight, stride, padding) for pays in (_filtering_pays, _product_pays)
-        )
+        ctx.filtered = _filtering_pays(x.dtype, x, weight, stride, padding)
         if ctx.filtered:
             y = fast_winograd.convolve(x, weight)
             return y if bias is None else y.add_(bias[:, None, None])
-        if ctx.multiplied:
+        if _computes_with_amx(x.dtype):
             return fast_products.convolve(x, weight, bias, stride, padding)
         return F.conv2d(x, weight, bias, stride, padding)
 
@@ -243,7 +230,7 @@ class _DenseConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if ctx.filtered:
                 of_x = fast_winograd.input_gradient(gradient, weight)
-            elif ctx.multiplied and _turns(weight, stride, padding):
+            elif _computes_with_amx(x.dtype) and _turns(weight, stride, padding):
                 of_x = fast_products.input_gradient(gradient, weight, padding)
             else:
                 of_x = torch.ops.aten.convolution_backward(

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_a_convolution_of_small_maps(
 def test_a_convolution_by_minimal_filtering(
     size: tuple[int, int], c_in: int, c_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = calls_of_filtering(monkeypatch)
+    taken = calls_of(fast_winograd, monkeypatch)
     torch.manual_seed(0)
     plain = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
     quick = copy.deepcopy(plain)
@@ -159,7 +160,7 @@ def test_a_convolution_by_minimal_filtering(
 def test_where_filtering_does_not_pay_it_is_not_taken(
     c_in: int, c_out: int, side: int, stride: int, kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = calls_of_filtering(monkeypatch)
+    taken = calls_of(fast_winograd, monkeypatch)
     plain = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
     quick = copy.deepcopy(plain)
     fast.use_fast_paths(quick, CPU, FP32)
@@ -167,13 +168,13 @@ def test_where_filtering_does_not_pay_it_is_not_taken(
     assert taken == []
 
 
-def calls_of_filtering(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lists the functions of `fast_winograd` that are called from now on."""
+def calls_of(ways: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists the functions of `fast_winograd` or `fast_products` that are called from now on."""
     taken: list[str] = []
 
     def count(name: str) -> None:
-        plain = getattr(fast_winograd, name)
-        monkeypatch.setattr(fast_winograd, name, lambda *a: taken.append(name) or plain(*a))
+        plain = getattr(ways, name)
+        monkeypatch.setattr(ways, name, lambda *a: taken.append(name) or plain(*a))
 
     for name in ("convolve", "input_gradient", "weight_gradient"):
         count(name)
@@ -422,30 +423,23 @@ def test_a_depthwise_convolution_in_float32_stays_plain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amx", "largest", "ways"),
+    ("amx", "ways"),
     [
-        (False, 4, ["weight_gradient"]),
-        (True, 4, ["convolve", "input_gradient", "weight_gradient"]),
+        (False, ["weight_gradient"]),
+        (True, ["convolve", "input_gradient", "weight_gradient"]),
     ],
 )
 def test_large_maps_take_the_plain_way(
-    amx: bool, largest: int, ways: list[str], monkeypatch: pytest.MonkeyPatch
+    amx: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_amx(monkeypatch, amx)
-    taken: list[str] = []
-
-    def count(name: str) -> None:
-        plain = getattr(fast_products, name)
-        monkeypatch.setattr(fast_products, name, lambda *a: taken.append(name) or plain(*a))
-
-    for name in ("convolve", "input_gradient", "weight_gradient"):
-        count(name)
+    taken = calls_of(fast_products, monkeypatch)
     layer = nn.Conv2d(4, 4, 3, padding=1, bias=False)
     fast.use_fast_paths(layer, CPU, BF16)
-    run(layer, torch.randn(2, 4, largest, largest), None)
+    run(layer, torch.randn(2, 4, 4, 4), None)
     assert taken == ways
     taken.clear()
-    run(layer, torch.randn(2, 4, largest + 1, largest + 1), None)
+    run(layer, torch.randn(2, 4, 5, 5), None)
     assert taken == []
 
 
