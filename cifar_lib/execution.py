@@ -120,13 +120,14 @@ def prepare_device(execution: Execution, deterministic: bool) -> None:
 
 def _computes_in_bf16(device: str) -> bool:
     if device == "cpu":
-        return bool({"amx_bf16", "avx512_bf16"} & _cpu_flags())
+        return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return False
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What the processor can do, as Linux names it; empty elsewhere."""
     return set(_cpu_fact("flags").split())
 
 
@@ -149,7 +150,7 @@ def describe_hardware(execution: Execution) -> dict[str, Any]:
         name = torch.cuda.get_device_name(execution.device)
     else:
         name = _cpu_fact("model name") or platform.processor() or platform.machine()
-    units = filter(_cpu_flags().__contains__, ("amx_bf16", "avx512_bf16", "avx512f", "avx2"))
+    units = filter(cpu_flags().__contains__, ("amx_bf16", "avx512_bf16", "avx512f", "avx2"))
     return {
         "device": device,
         "name": name,

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_lib import fast_depthwise, fast_products, fast_winograd
+from cifar_lib.execution import cpu_flags
 
 # Asked once: Dynamo cannot trace the question.
-HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+HAS_AMX = "amx_bf16" in cpu_flags()
 # Pixels of the output map up to which one product makes the weight gradient faster than oneDNN;
 # in bfloat16 without AMX it does up to 9 pixels, and at 16 the two are within the noise.
 # With AMX it makes the output and the input gradient faster, too: of a narrow map oneDNN fills a
