@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from cifar_lib.files import shown, sync_folder, write_atomic
+from cifar_lib.results import WEIGHTS
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
 DIGEST_BYTES = 32
@@ -111,12 +112,42 @@ def _parse(payload: bytes, path: Path) -> dict[str, Any]:
     return state
 
 
-def set_aside(run_dir: Path) -> Path:
-    """Moves the state that `load_checkpoint` reads to `other.pt`, removes the others."""
+def set_aside(run_dir: Path, key: str) -> Path:
+    """Moves the state that `load_checkpoint` reads, and the weights beside it, out of the way.
+
+    Args:
+        run_dir: the run's folder.
+        key: of the code and data that they are of.
+
+    Returns:
+        The folder that holds them now, until `take_back`.
+    """
+    aside = _aside(run_dir, key)
+    aside.mkdir(exist_ok=True)
     newest = next(path for path in _states(run_dir) if _whole(path) is not None)
-    os.replace(newest, run_dir / "other.pt")
-    remove_checkpoints(run_dir)
-    return run_dir / "other.pt"
+    for path in _states(run_dir):  # killed half-way, the next start goes on with this
+        if path != newest:
+            path.unlink()
+    if (run_dir / WEIGHTS).exists():
+        os.replace(run_dir / WEIGHTS, aside / WEIGHTS)
+    os.replace(newest, aside / LAST)
+    return aside
+
+
+def take_back(run_dir: Path, key: str) -> bool:
+    """Moves what was set aside under a key back into a run's folder; says whether there was any."""
+    aside = _aside(run_dir, key)
+    if not (aside / LAST).exists():
+        return False
+    for name in (WEIGHTS, LAST):
+        if (aside / name).exists():
+            os.replace(aside / name, run_dir / name)
+    aside.rmdir()
+    return True
+
+
+def _aside(run_dir: Path, key: str) -> Path:
+    return run_dir / f"other-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 def remove_checkpoints(run_dir: Path) -> None:

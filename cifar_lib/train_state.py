@@ -221,10 +221,12 @@ class TrainState:
         for stray in run_dir.glob(".*.tmp"):  # of a process killed in the middle of a write
             stray.unlink()
         saved = checkpoint.load_checkpoint(run_dir)
-        if saved is None or saved.get("key") == self.key:
-            return saved
-        logger.warning(
-            "this training state is of other code or data: starting again; it is kept: %s",
-            shown(checkpoint.set_aside(run_dir)),
-        )
-        return None
+        if saved is not None and (key := saved.get("key")) != self.key:
+            aside = checkpoint.set_aside(run_dir, str(key))
+            logger.warning(
+                "the training state here is of other code or data; it is kept: %s", shown(aside)
+            )
+            # Its own may wait there, from before the other code was tried.
+            own = checkpoint.take_back(run_dir, self.key)
+            return checkpoint.load_checkpoint(run_dir) if own else None
+        return saved

@@ -10,6 +10,7 @@ from cifar_lib.checkpoint import (
     remove_checkpoints,
     save_checkpoint,
     set_aside,
+    take_back,
 )
 
 
@@ -65,10 +66,13 @@ def test_what_is_set_aside_is_the_state_that_was_read(tmp_path):
     for epoch in (1, 2):
         save_checkpoint(tmp_path, {"epoch": epoch})
     (tmp_path / "last.pt").write_bytes(b"torn")
-    kept = set_aside(tmp_path)
-    assert [path.name for path in tmp_path.glob("*.pt")] == [kept.name]
-    kept.rename(tmp_path / "last.pt")
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    kept = set_aside(tmp_path, "a key")
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert not take_back(tmp_path, "another key")
+    assert take_back(tmp_path, "a key") and not kept.exists()
     assert load_checkpoint(tmp_path) == {"epoch": 1}
+    assert (tmp_path / "best.safetensors").read_bytes() == b"weights"
 
 
 def test_nothing_to_load_is_none(tmp_path):

@@ -105,11 +105,10 @@ def test_seeds_differ_and_repeat(tmp_path, digits, tiny):
 
 
 def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypatch):
-    stop_after(monkeypatch, 1)
+    stop_after(monkeypatch, 2)
     with pytest.raises(StopError):
         train(tiny(), 0, digits, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(train_state, "training_code_sha256", lambda: "0" * 64)
     starts = []
     real = train_module.train_epoch
     monkeypatch.setattr(
@@ -117,9 +116,19 @@ def test_a_state_of_other_code_is_not_continued(tmp_path, digits, tiny, monkeypa
         "train_epoch",
         lambda state, *rest: (starts.append(state.epoch), real(state, *rest))[1],
     )
-    train(tiny(), 0, digits, tmp_path)
-    assert starts == [0, 1, 2]
-    assert (tmp_path / "other.pt").exists()
+    weights = (tmp_path / "best.safetensors").read_bytes()
+    with monkeypatch.context() as changed:
+        changed.setattr(train_state, "training_code_sha256", lambda: "0" * 64)
+        stop_after(changed, 1)
+        with pytest.raises(StopError):
+            train(tiny(), 0, digits, tmp_path)
+    assert starts == [0]
+    (kept,) = tmp_path.glob("other-*")
+    assert (kept / "best.safetensors").read_bytes() == weights
+    train(tiny(), 0, digits, tmp_path)  # back on the code before, whose state was kept
+    assert starts == [0, 2]
+    (kept_then,) = tmp_path.glob("other-*")
+    assert kept_then != kept
 
 
 def test_code_is_other_code_by_what_it_does_not_by_its_words(tmp_path, monkeypatch):
