@@ -113,11 +113,13 @@ def check_keeps_seeds(experiment: Experiment) -> None:
     found = published_runs(experiment.destination, whole=True).values()
     if "sweep" not in experiment.parameters:
         return
-    told = {run.seed for run in found}
-    if lost := sorted(told - {seed for _, _, seed in experiment.runs}):
+    asked = {(label.rpartition("/")[2], seed) for label, _, seed in experiment.runs}
+    variants = {variant for variant, _ in asked}  # of one that is gone `replaced_runs` tells
+    told = {(run.path.name, run.seed) for run in found if run.path.name in variants}
+    if lost := sorted({seed for _, seed in told - asked}):
         raise ValueError(
             f"{shown(experiment.destination)} tells of seeds {lost} too, which would be lost: ask "
-            f"for them (--seeds {max(told) + 1}, or seeds in {experiment.parameters['sweep']}), or "
+            f"for them (--seeds {lost[-1] + 1}, or seeds in {experiment.parameters['sweep']}), or "
             "delete it to begin anew"
         )
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import PurePath
 from types import SimpleNamespace
 
 import nbformat
@@ -179,8 +180,13 @@ def test_seeds_that_would_leave_some_out_of_a_sweeps_report_are_refused(monkeypa
     assert "\n" not in str(caught.value)
     (swept,) = load_preset("full", "07_choices/vgg16")
     study_execute.check_keeps_seeds(swept)  # those of its own file are no fewer
-    runs = {"0": SimpleNamespace(seed=0), "7": SimpleNamespace(seed=7)}
+    label, _, seed = swept.runs[0]
+    variant, runs = PurePath(label), {}
     monkeypatch.setattr(study_execute, "published_runs", lambda *_, **__: runs)
+    runs |= {"0": SimpleNamespace(path=variant, seed=seed)}
+    runs |= {"7": SimpleNamespace(path=variant.with_name("no longer asked for"), seed=7)}
+    study_execute.check_keeps_seeds(swept)
+    runs |= {"8": SimpleNamespace(path=variant, seed=7)}  # another variant may well have a seed 7
     with pytest.raises(ValueError, match=r"seeds \[7\] too.*--seeds 8.*params/07_choices/vgg16"):
         study.study("full", "07_choices/vgg16")
 
