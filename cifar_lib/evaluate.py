@@ -16,11 +16,13 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from cifar_lib.augment import normalize
+from cifar_lib.fast_subnormals import subnormals_as_zero
 from cifar_lib.models import evaluation_mode
 
 TTA = ("none", "mirror", "mirror_translate")
 
 
+@subnormals_as_zero()
 def predict_logits(
     model: nn.Module,
     images: Tensor,

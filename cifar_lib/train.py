@@ -29,6 +29,7 @@ from cifar_lib.execution import (
     git_commit,
     prepare_device,
 )
+from cifar_lib.fast_subnormals import subnormals_as_zero
 from cifar_lib.models import STORED_SIZE, build_model
 from cifar_lib.models.transfer import check_transfer, set_training_mode
 from cifar_lib.optim import build_schedule, set_learning_rate
@@ -124,6 +125,7 @@ def check_runnable(config: TrainConfig) -> None:
                 raise ValueError(said) from None
 
 
+@subnormals_as_zero()
 def train_epoch(state: TrainState, execution: Execution, progress: bool = False) -> Metrics:
     """Makes one pass over the training images; waits for the device at its end alone, but in fp16.
 

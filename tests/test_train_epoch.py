@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cifar_lib import distributed, execution, results, train_evaluate
 from cifar_lib import train as train_module
 from cifar_lib.augment import normalize
 from cifar_lib.data import load_splits
+from cifar_lib.evaluate import predict_logits
 from cifar_lib.execution import Execution, OtherLoad, choose_execution
 from cifar_lib.models import build_model
 from cifar_lib.predict_stage import evaluate_run
@@ -179,3 +181,19 @@ def test_deterministic_algorithms_are_switched_on_and_off():
     for asked in (True, False):
         execution.prepare_device(Execution(torch.device("cpu"), torch.float32), asked)
         assert torch.are_deterministic_algorithms_enabled() == asked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads at work are told on Linux alone")
+def test_subnormal_numbers_count_as_zero_only_while_a_model_computes(digits, tiny, request):
+    """For every thread of PyTorch's, in training and in evaluation."""
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(2)
+    dead, seen = torch.full((10**6,), 1e-39), []
+    dead.mul(0.5)  # the threads are at work before
+    state, here = start(tiny(), digits)
+    state.model.register_forward_hook(lambda *_: seen.append(dead.mul(0.5).count_nonzero().item()))
+    train_epoch(state, here)
+    steps = len(seen)
+    predict_logits(state.model, digits.test.images[:9], mean=state.mean, std=state.std)
+    assert len(seen) > steps and set(seen) == {0}
+    assert bool(dead.mul(0.5).all()), "left switched on for the rest of the process"
