@@ -1,5 +1,6 @@
 """Charts draw the values they are given, name what they show and leave nothing behind."""
 
+import io
 from itertools import combinations, product
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from cifar_lib import execution, plots, plots_compare, plots_evaluation, plots_images, plots_speed
 
@@ -136,7 +138,9 @@ def test_every_chart_is_wide_legible_captioned_and_within_its_canvas() -> None:
         box = figure.get_tightbbox(canvas.get_renderer())
         assert box.x0 >= -0.01 and box.x1 <= figure.get_figwidth() + 0.01, name
         assert box.y0 >= -0.01 and box.y1 <= figure.get_figheight() + 0.01, name
-        assert figure._repr_png_().startswith(b"\x89PNG"), name  # what a notebook shows
+        shown_png = Image.open(io.BytesIO(figure._repr_png_()))  # what a notebook shows
+        assert shown_png.format == "PNG", name
+        assert shown_png.mode == ("RGB" if name.endswith("_grid") else "P"), name
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == style
 
