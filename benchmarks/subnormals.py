@@ -1,9 +1,10 @@
 """Times training of a VGG16 whose dead filters hold subnormal weights, with and without the switch.
 
 The recipe is that of 04_final/vgg16 (Adam, weight decay as part of the gradient), under which the
-weights of filters that never fire sink below the smallest normal number. Here they are put there:
-a share of the filters of every layer of 512, with a shift that keeps them from firing. The network
-as initialised, which has none, stands beside it. All take turns in one process, each with weights
+weights of filters that never fire sink below the smallest normal number: in its best epoch 52 to
+76 % of the filters in the six layers of 512 had no weight above 1e-20. Here they are put there: a
+share of those layers' filters, with a shift that keeps them from firing. The network as
+initialised, which has none, stands beside it. All take turns in one process, each with weights
 of its own; the images are noise.
 
     python benchmarks/subnormals.py [--out FILE.json] [--repeats 7] [--dead 0.6]
