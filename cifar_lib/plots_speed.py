@@ -3,7 +3,9 @@
 A DataFrame in, a matplotlib Figure (a `Chart`) out.
 """
 
+import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
 from cifar_lib.plots import BLUE, GREY, ORANGE, Chart, caption, new_figure
@@ -53,11 +55,14 @@ def shares(frame: pd.DataFrame, *, caption_text: str = "") -> Chart:
     """
     figure, (ax,) = new_figure(0.4 * len(frame) + 1.3)
     parts = frame.div(frame.sum(axis=1), axis=0)
-    parts.plot.barh(stacked=True, ax=ax, width=0.6, colormap="Set2", legend=False)
-    for kind, bars in zip(parts, ax.containers, strict=True):
+    colors = colormaps["Set2"](np.linspace(0, 1, len(parts.columns)))
+    left = 0 * parts.sum(axis=1)
+    for kind, color in zip(parts, colors, strict=True):
+        bars = ax.barh(parts.index, parts[kind], 0.6, left, color=color, label=kind)
+        left += parts[kind]
         # A share below 4 % has no room for its number.
         told = [f"{100 * part:.0f}" if part >= 0.04 else "" for part in parts[kind]]
-        ax.bar_label(bars, told, label_type="center", fontsize=8)  # type: ignore[arg-type]
+        ax.bar_label(bars, told, label_type="center", fontsize=8)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1), xlabel="share of a training step", ylabel="")
     ax.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))

@@ -37,7 +37,7 @@ ROOMS = [
     "__main__",
 ]
 LINES_OF_A_FILE = 300
-CODE_LINES_OF_THE_LIBRARY = 4970  # `fast_products` and `fast_subnormals` are measured to pay
+CODE_LINES_OF_THE_LIBRARY = 4980  # `fast_products` and `fast_subnormals` are measured to pay
 
 
 def room_of(module: str) -> str:

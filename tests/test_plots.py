@@ -126,6 +126,12 @@ def every_chart() -> dict[str, Figure]:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once pyplot is at work in a notebook, it shows all figures its own way, in more bytes."""
+    monkeypatch.setattr(plt, "draw_if_interactive", lambda: pytest.fail("pyplot was used"))
+
+
 def test_every_chart_is_wide_legible_captioned_and_within_its_canvas() -> None:
     style = dict(mpl.rcParams)
     for name, figure in every_chart().items():
