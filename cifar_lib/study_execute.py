@@ -119,8 +119,8 @@ def check_keeps_seeds(experiment: Experiment) -> None:
     if lost := sorted({seed for _, seed in told - asked}):
         raise ValueError(
             f"{shown(experiment.destination)} tells of seeds {lost} too, which would be lost: ask "
-            f"for them (--seeds {lost[-1] + 1}, or seeds in {experiment.parameters['sweep']}), or "
-            "delete it to begin anew"
+            f"for them (--seeds {max(s for _, s in told) + 1}, or seeds in "
+            f"{experiment.parameters['sweep']}), or delete it to begin anew"
         )
 
 
