@@ -88,6 +88,20 @@ def test_no_path_of_one_machine() -> None:
 # --- notebooks ------------------------------------------------------------------------------
 
 
+def test_every_relative_link_leads_somewhere() -> None:
+    broken = []
+    for path in (path for path in FILES if path.suffix == ".md"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            target, _, heading = link.partition("#")
+            there = path.parent / target if target else path
+            if "://" in link or (there.exists() and not heading):
+                continue
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.M) if there.is_file() else []
+            if heading not in {h.lower().replace(" ", "-") for h in headings}:
+                broken.append(f"{shown(path)}: {link}")
+    assert broken == []
+
+
 def cells(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     return [c for c in notebook["cells"] if kind in (None, c["cell_type"])]

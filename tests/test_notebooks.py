@@ -13,6 +13,8 @@ from cifar_lib import index, reports
 from cifar_lib.config import ROOT
 from cifar_lib.reports import read_summaries
 
+READMES = ("README.md", "README.ko.md")
+
 
 def nbval(path):
     return subprocess.run(
@@ -97,20 +99,20 @@ def test_the_readmes_python_runs_as_it_stands(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     blocks = [
         re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
-        for name in ("README.md", "README.ko.md")
+        for name in READMES
     ]
     assert blocks[0] == blocks[1] and len(blocks[0]) == 1
     exec(blocks[0][0], {})  # noqa: S102
     assert capsys.readouterr().out == "cat 0.87\n"
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
-def test_an_interval_in_the_readme_is_one_of_the_report_that_it_links(name):
+@pytest.mark.parametrize("name", [*READMES, "docs/findings.md", "docs/findings.ko.md"])
+def test_an_interval_in_prose_is_one_of_the_report_that_it_links(name):
     """What prose says of a report ("6.8 points [3.9, 9.6]"), rounded, and up to its sign."""
     compared = 0
     text = re.sub(r"<!-- results:begin.*results:end -->", "", (ROOT / name).read_text(), flags=re.S)
     for item in re.split(r"\n(?=- |\n)", text):
-        linked = re.findall(r"\((reports/full/\S+?)/executed\.ipynb\)", item)
+        linked = re.findall(r"\((?:\.\./)?(reports/full/\S+?)/executed\.ipynb\)", item)
         measured = []
         for path in linked:
             summary = json.loads((ROOT / path / "summary.json").read_text())
