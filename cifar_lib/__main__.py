@@ -175,7 +175,13 @@ def predict(
     readable, pictures, failed = [], [], False
     found = room.find_images(images, names)
     # Files given by name need no label; folders between class folders were meant to have one.
-    strays = sorted({f.parent.name for f, label in found if not label and f not in images})
+    strays = sorted(
+        {
+            Path(os.path.abspath(f)).parent.name
+            for f, label in found
+            if not label and f not in images
+        }
+    )
     if any(label for _, label in found) and strays:
         typer.echo(
             f"not scored: {', '.join(strays)} name no class; classes are {', '.join(names)}",
@@ -210,8 +216,9 @@ def data(
     from cifar_lib.config import parse_config
     from cifar_lib.data import load_splits
 
-    if download:
-        dataset = "cifar10"
+    if download and dataset not in ("auto", "cifar10"):
+        raise ValueError(f"--download: brings cifar10, and --dataset is {dataset}; leave one out")
+    dataset = "cifar10" if download else dataset
     splits = load_splits(parse_config({"dataset": dataset, "data_dir": data_dir}))
     for name, value in asdict(splits.info).items():
         typer.echo(f"{name}: {value}")

@@ -190,7 +190,7 @@ def index_text(summaries: list[dict[str, Any]], title: str, link: str, note: str
     lines = [
         f"# {title}",
         "",
-        f"Generated from the summaries below this folder by `make report`; do not edit.{note}",
+        f"Generated from the summaries below this folder; do not edit.{note}",
         "",
         results_table(summaries, link),
         "",
@@ -208,10 +208,9 @@ def index_text(summaries: list[dict[str, Any]], title: str, link: str, note: str
 
 def write_preset_index(preset: str) -> Path:
     """Writes `reports/<preset>/README.md` for a preset that is not published."""
-    folder = ROOT / "reports" / preset
-    text = index_text(read_summaries(folder), f"Preset {preset}", "")
-    write_atomic(folder / "README.md", text.encode())
-    return folder / "README.md"
+    path = ROOT / "reports" / preset / "README.md"
+    write_atomic(path, index_text(read_summaries(path.parent), f"Preset {preset}", "").encode())
+    return path
 
 
 def drifted_files() -> dict[Path, str]:

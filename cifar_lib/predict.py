@@ -55,7 +55,9 @@ def find_images(paths: Iterable[Path], class_names: Sequence[str]) -> list[tuple
         for file in _files_below(path) if path.is_dir() else [path]:
             place = Path(os.path.abspath(file))
             around = (f.name.casefold() for f in place.parents if f.is_relative_to(root))
-            found.setdefault(place, (file, next(filter(None, map(known.get, around)), None)))
+            label = next(filter(None, map(known.get, around)), None)
+            if label or place not in found:  # named alone before, it was without one
+                found[place] = (file, label)
     if not found:
         raise ValueError(f"no file in {', '.join(map(str, paths))}")
     return list(found.values())

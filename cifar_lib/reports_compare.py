@@ -106,10 +106,10 @@ def like_for_like(systems: pd.DataFrame, summaries: list[dict[str, Any]]) -> pd.
 def training_flops(summary: dict[str, Any]) -> float:
     """Counts the floating-point operations of training one seed, on average over the seeds.
 
-    Three forward passes an image, the backward one being worth two; epochs at a lower resolution
-    by their area (unless the model enlarges what it is given, to `image_size`), and of hard images
-    alone by their share. Pretraining, validation and evaluation do not count. The same on every
-    machine, which times are not.
+    Three forward passes an image, the backward one being worth two, or one where all but the last
+    layer is frozen; epochs at a lower resolution by their area (unless the model enlarges what it
+    is given, to `image_size`), and of hard images alone by their share. Pretraining, validation
+    and evaluation do not count. The same on every machine, which times are not.
 
     Args:
         summary: of a report that trained, as `reports.read_summaries` gives it.
@@ -118,7 +118,7 @@ def training_flops(summary: dict[str, Any]) -> float:
     section 2.1.
     """
     c = config_of(summary["config"])
-    an_epoch = 3 * summary["model"]["flops_per_image"] * summary["dataset"]["n_train"]
+    an_epoch = summary["model"]["flops_per_image"] * summary["dataset"]["n_train"]
     low = c.small_side if c.image_size == STORED_SIZE else 0  # else the model enlarges all alike
     small = (low / STORED_SIZE) ** 2 if low else 1.0
     full = [
@@ -127,7 +127,7 @@ def training_flops(summary: dict[str, Any]) -> float:
         for run in summary["runs"]
         for epoch in range(run["epochs"])
     ]
-    return an_epoch * sum(full) / len(summary["runs"])
+    return (3 if c.backbone_rate else 1) * an_epoch * sum(full) / len(summary["runs"])
 
 
 def stage_tables(

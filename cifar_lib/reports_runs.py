@@ -91,10 +91,16 @@ def keep_other_seeds(new: Path, old: Path) -> None:
         frame, earlier = pd.read_csv(path), pd.read_csv(old / path.name)
         if "seed" in frame:
             frame = pd.concat([earlier[earlier["seed"].isin(seeds)], frame])
+            frame = frame.sort_values("seed", kind="stable")
         columns = [f"seed_{seed}" for seed in seeds if f"seed_{seed}" in earlier]
-        report.table(path.stem, frame.assign(**earlier[columns]))
-    kept = ", ".join(map(str, seeds))
-    note = f"seeds {kept} are kept from an earlier execution; the notebook shows the others"
+        frame = frame.assign(**earlier[columns])
+        report.table(
+            path.stem, frame[sorted(frame, key=lambda c: int(c[5:]) if c[:5] == "seed_" else -1)]
+        )
+    note = (
+        f"seeds {', '.join(map(str, seeds))} are kept from an earlier execution; the notebook "
+        "shows the others"
+    )
     runs = [run for _, run in sorted((told | here).items())]
     answer = [note, *machines_line(runs), *summary.get("answer", [])]
     report.finish(runs[0].config, runs, reported=summary["reported"], answer=answer)

@@ -97,14 +97,14 @@ def study(
         minutes = dict.fromkeys(minutes, 1.0)
         left = sum(minutes.values())
     spent, expected = 0.0, 0.0
-    failed: dict[str, Experiment] = {}
+    failed: list[tuple[str, Experiment]] = []
     for i, experiment in enumerate(experiments, 1):
         head = f"[{i}/{len(experiments)}] {experiment.label}"
         left -= minutes[experiment.label]
         try:
             key = input_key(experiment)
         except (ValueError, OSError) as error:  # its data or weights are not to be had
-            failed[f"{experiment.label}: {_last_line(error)}"] = experiment
+            failed.append((f"{experiment.label}: {_last_line(error)}", experiment))
             say(f"{head}: FAILED: {_last_line(error)}")
             continue
         if is_up_to_date(experiment, key) and not force:
@@ -114,7 +114,7 @@ def study(
         names = [task.folder.name for task in tasks_of([experiment])] if lost else []
         if errors := [lost[name] for name in names if name in lost]:
             say(f"{head}: FAILED: {len(errors)} of {len(names)} runs")
-            failed |= dict.fromkeys(errors, experiment)
+            failed += [(error, experiment) for error in errors]
             continue
         # The file's minutes, corrected by the pace so far; five minutes stand for the guess.
         guess = (minutes[experiment.label] + left) * (spent + 5) / (expected + 5)
@@ -128,15 +128,15 @@ def study(
         except Exception as error:  # whatever it was, the others still run
             notebook = (scratch_folder(experiment) / "executed.ipynb").relative_to(ROOT)
             log = log_path(experiment).relative_to(ROOT)
-            failed[f"{experiment.label}; see {notebook} and {log}"] = experiment
+            failed.append((f"{experiment.label}; see {notebook} and {log}", experiment))
             say(f"{head}: FAILED: {_last_line(error)}")
         else:
             seconds = time.perf_counter() - began
             spent, expected = spent + seconds / 60, expected + minutes[experiment.label]
             say(f"{head}: done in {duration(seconds)}, {where}/executed.ipynb")
-    for reason in failed:
+    for reason in dict.fromkeys(reason for reason, _ in failed):  # one run may fail for two
         say(f"failed: {reason}")
-    return list({experiment.label: experiment for experiment in failed.values()}.values())
+    return list({experiment.label: experiment for _, experiment in failed}.values())
 
 
 def _tasks_to_train(experiments: list[Experiment], force: bool) -> list[Task]:

@@ -166,6 +166,8 @@ def test_data_download_asks_for_cifar10_itself(call, monkeypatch, tmp_path):
     monkeypatch.setenv("CIFAR10_DOWNLOAD", "0")
     status, _, err = call("data", "--download")
     assert status == 2 and str(tmp_path) in err and "CIFAR10_DOWNLOAD" in err
+    status, out, err = call("data", "--dataset", "digits", "--download")
+    assert (status, out) == (2, "") and "brings cifar10, and --dataset is digits" in err
 
 
 def test_every_option_is_handed_on(call, tmp_path, monkeypatch):

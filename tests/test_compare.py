@@ -125,6 +125,7 @@ def test_accuracy_against_depth_marks_the_depths():
         ({"low_resolution": 0, "low_resolution_epochs": 3}, [4], 4),
         ({"low_resolution": 16}, [4], 4),
         ({"keep_hardest": 0.5, "keep_hardest_from": 3}, [4], 3.5),
+        ({"backbone_rate": 0.0}, [3], 1),  # nothing but the last layer goes backward
     ],
 )
 def test_the_cost_of_training_is_three_forward_passes_an_image_of_each_epoch(

@@ -144,7 +144,9 @@ def test_the_nearest_folder_with_a_classs_name_labels_in_capitals_or_not(tmp_pat
     assert found == {"a.png": "dog", "b.png": "cat", "c.png": None}
 
 
-def test_a_folder_that_names_no_class_beside_some_that_do_is_named(call, tmp_path, run, half_red):
+def test_a_folder_that_names_no_class_beside_some_that_do_is_named(
+    call, tmp_path, run, half_red, monkeypatch
+):
     for name in ("3", "three"):
         (tmp_path / name).mkdir()
         half_red.save(tmp_path / name / "a.png")
@@ -154,6 +156,8 @@ def test_a_folder_that_names_no_class_beside_some_that_do_is_named(call, tmp_pat
     assert call("predict", str(run.path), str(tmp_path / "three"))[2] == ""
     given = (str(tmp_path / "3"), str(tmp_path / "three/a.png"))
     assert call("predict", str(run.path), *given)[2] == "", "a file given by name needs no label"
+    monkeypatch.chdir(tmp_path / "three")
+    assert "not scored: three name" in call("predict", str(run.path), ".", str(tmp_path / "3"))[2]
 
 
 def test_a_picture_met_twice_counts_once_and_links_to_folders_are_followed(tmp_path, monkeypatch):
@@ -169,6 +173,8 @@ def test_a_picture_met_twice_counts_once_and_links_to_folders_are_followed(tmp_p
     assert names == [("in/cat/b.png", "cat"), ("in/dog/a.png", "dog")]
     monkeypatch.chdir(tmp_path / "in/dog")
     assert find_images([Path()], ["dog"]) == [(Path("a.png"), "dog")]
+    for paths in ([Path("a.png"), Path()], [Path(), Path("a.png")]):  # in any order with its label
+        assert find_images(paths, ["dog"]) == [(Path("a.png"), "dog")]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

@@ -243,6 +243,18 @@ def test_data_that_can_not_be_had_does_not_stop_the_others(checkout, monkeypatch
     assert "failed: toy/one: CIFAR-10 was not found in /nowhere" in said
 
 
+def test_a_run_that_fails_two_experiments_is_told_once_and_fails_both(checkout, monkeypatch):
+    shared = SimpleNamespace(folder=checkout / "runs/e/0-shared")
+    trains = property(lambda self: [("e", self.config, 0)])
+    monkeypatch.setattr(study_experiments.Experiment, "runs", trains)
+    monkeypatch.setattr(study, "tasks_of", lambda experiments: [shared])
+    monkeypatch.setattr(study, "missing", lambda tasks: tasks)
+    monkeypatch.setattr(study, "without_told_seeds", lambda experiment: experiment)
+    monkeypatch.setattr(study, "train_tasks", lambda *_: {shared.folder.name: "e, seed 0: broke"})
+    failed, said = run_study(jobs=2)
+    assert failed == ["toy/one", "toy/two"] and said.count("failed: e, seed 0: broke") == 1
+
+
 @pytest.mark.parametrize("jobs", [None, 2])
 @pytest.mark.parametrize(
     ("dataset", "found", "asks_again"),
