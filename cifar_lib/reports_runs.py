@@ -90,13 +90,11 @@ def keep_other_seeds(new: Path, old: Path) -> None:
     for path in filter(lambda path: (old / path.name).is_file(), new.glob("*.csv")):
         frame, earlier = pd.read_csv(path), pd.read_csv(old / path.name)
         if "seed" in frame:
-            frame = pd.concat([earlier[earlier["seed"].isin(seeds)], frame])
-            frame = frame.sort_values("seed", kind="stable")
-        columns = [f"seed_{seed}" for seed in seeds if f"seed_{seed}" in earlier]
-        frame = frame.assign(**earlier[columns])
-        report.table(
-            path.stem, frame[sorted(frame, key=lambda c: int(c[5:]) if c[:5] == "seed_" else -1)]
-        )
+            kept = earlier[earlier["seed"].isin(seeds)]
+            frame = pd.concat([kept, frame]).sort_values("seed", kind="stable")
+        frame = frame.assign(**earlier[[f"seed_{s}" for s in seeds if f"seed_{s}" in earlier]])
+        in_order = sorted(map(str, frame), key=lambda c: int(c[5:]) if c[:5] == "seed_" else -1)
+        report.table(path.stem, frame[in_order])
     note = (
         f"seeds {', '.join(map(str, seeds))} are kept from an earlier execution; the notebook "
         "shows the others"
