@@ -106,6 +106,11 @@ def test_the_choices_are_those_that_study_e_compared():
             {"n_train": 10_000, "epochs": 10, "width": 0.5, "early_stopping": 0, "tta": "none"},
         ),
         (
+            "04_final/sgd-rate",
+            "04_final/resnet18-sgd",
+            {"n_train": 10_000, "epochs": 10, "width": 0.5, "early_stopping": 0, "tta": "none"},
+        ),
+        (
             "04_final/whitening",
             "04_final/small",
             {"n_train": 20_000, "epochs": 4, "val_fraction": 0.1, "tta": "none"},
@@ -126,7 +131,7 @@ def test_a_sweep_is_about_its_own_recipe_but_for_its_reductions(sweep, recipe, r
 @pytest.mark.parametrize(
     "name",
     [f"{CHOICES}/{name}" for name in ("vgg16", "study-a", "choices-smoke")]
-    + ["params/04_final/whitening", "params/04_final/transfer"],
+    + ["params/04_final/sgd-rate", "params/04_final/whitening", "params/04_final/transfer"],
 )
 def test_one_thing_is_changed_at_a_time(name):
     sweep = read_sweep(f"{name}.yaml")
