@@ -187,9 +187,9 @@ def _name_points(ax: Axes, points: pd.DataFrame, cost: str) -> None:
         x,
         y,
         ax=ax,
-        iter_lim=1000,
-        expand=(1.3, 2.2),
-        force_text=(0.2, 0.5),
-        force_static=(0.6, 1.2),
+        iter_lim=3000,
+        expand=(1.4, 2.4),
+        force_text=(0.8, 1.2),
+        force_static=(0.3, 0.6),
         arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8},
     )
