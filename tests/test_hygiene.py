@@ -85,9 +85,6 @@ def test_no_path_of_one_machine() -> None:
     assert private == []
 
 
-# --- notebooks ------------------------------------------------------------------------------
-
-
 def test_every_relative_link_leads_somewhere() -> None:
     broken = []
     for path in (path for path in FILES if path.suffix == ".md"):
@@ -100,6 +97,9 @@ def test_every_relative_link_leads_somewhere() -> None:
             if heading not in {h.lower().replace(" ", "-") for h in headings}:
                 broken.append(f"{shown(path)}: {link}")
     assert broken == []
+
+
+# --- notebooks ------------------------------------------------------------------------------
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
